@@ -1,0 +1,74 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+SITE   := build/sanitize/site
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+
+.PHONY: demo test venv java check lockstep mutants bench sanitize consumer lint types peers stub clean
+
+demo: venv  ## set everything up, then replay a workload, or TRACE=path
+	$(BIN)/kvspec replay $(TRACE)
+
+test: venv java lint types  ## set everything up, then run every test and gate the coverage of clauses
+	$(BIN)/pytest --clause-gate --clause-report build/coverage.json
+
+venv: $(VENV)/.installed  ## the set-up alone, into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find include cpp python spec -type f -not -name '*.pyc')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[test]'
+	touch $@
+
+java:  ## TLC needs a Java runtime; under CI a missing one is installed or fails
+	@command -v java >/dev/null || { [ -z "$$CI" ] && echo 'no java: model tests will be skipped'; } \
+	  || { apt-get update -q && apt-get install -qy default-jre-headless; }
+
+lint: venv  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv  ## mypy --strict, over the package and the Protocols
+	$(BIN)/mypy
+	$(BIN)/mypy tests/typing/protocols.py
+
+mutants: venv  ## tests of the tests alone
+	$(BIN)/pytest tests/test_mutants.py
+
+peers: venv  ## other engines' memory layers, for bench/ to compare with
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt sglang
+
+OPERATIONS ?= 200000
+SEEDS      ?= 0:40
+lockstep: venv  ## oracle against core, OPERATIONS over SEEDS (first:last)
+	$(BIN)/python -m kvspec.conformance.lockstep --operations $(OPERATIONS) --seeds $(SEEDS)
+
+bench: venv peers  ## benchmarks; gates are on counters and on ratios
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only -p no:cacheprovider
+
+sanitize: venv  ## C++ tests and the Python lockstep tests under ASan and UBSan
+	cmake -S . -B build/sanitize/cpp -DKVSPEC_TESTS=ON -DKVSPEC_SANITIZE=ON -DKVSPEC_CUDA=OFF
+	cmake --build build/sanitize/cpp
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 ctest --test-dir build/sanitize/cpp --output-on-failure
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(SITE) \
+	  -C build-dir=build/sanitize/cmake -C cmake.define.KVSPEC_SANITIZE=ON \
+	  -C cmake.build-type=RelWithDebInfo -C install.strip=false .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	PYTHONPATH=$(SITE) $(BIN)/pytest --capture=sys -p no:cacheprovider tests/sanitized
+
+consumer: venv  ## install the C++ package and build a consumer against it
+	cmake -S . -B build/consumer/core -DKVSPEC_CUDA=OFF -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/consumer/prefix
+	cmake --build build/consumer/core
+	cmake --install build/consumer/core --component cpp
+	cmake -S tests/consumer -B build/consumer/app -DCMAKE_PREFIX_PATH=$(CURDIR)/build/consumer/prefix
+	cmake --build build/consumer/app
+	build/consumer/app/consumer
+
+stub: venv  ## renew the committed stub of the extension from the build
+	cp "$$($(BIN)/python -c 'import kvspec._core, pathlib; print(pathlib.Path(kvspec._core.__file__).with_name("_core.pyi"))')" python/kvspec/_core.pyi
+
+clean:  ## remove what was built
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache

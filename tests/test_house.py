@@ -1,0 +1,56 @@
+"""The house: commands that exist, a map that is true, a stub that is current, two versions."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import kvspec
+from kvspec.clauses import rooms
+
+ROOT = Path(__file__).parents[1]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+def test_every_command_in_the_table_exists() -> None:
+    commands = re.findall(r"^\| `make (\w+)", CONTRIBUTING, re.M)
+    assert set(commands) == MAKE_TARGETS
+
+
+def test_the_map_names_every_room_and_only_rooms() -> None:
+    mapped = re.findall(r"^\| `(\w+)` \| `([A-Z]+)` \|", CONTRIBUTING, re.M)
+    assert mapped == [(name, room["prefix"]) for name, room in rooms()["room"].items()]
+
+
+def test_paths_in_the_documents_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "spec/README.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:spec|python|cpp|include|tests|bench)/[\w./]*)`", text):
+            assert (ROOT / path).exists(), f"{document} names {path}"
+
+
+def test_the_readme_shows_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in readme
+    assert "make test" in readme
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert project["version"] == kvspec.__version__
+    assert f"VERSION {kvspec.__version__} " in cmake
+    assert f"## {kvspec.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_stub_is_what_the_build_generates() -> None:
+    """`make stub` renews it. mypy reads the committed one, so it must not drift."""
+    if not kvspec.has_native():
+        pytest.skip("the extension is absent")
+    from kvspec import _core
+
+    assert _core.__file__ is not None
+    built = Path(_core.__file__).with_name("_core.pyi").read_text(encoding="utf-8")
+    assert built == (ROOT / "python/kvspec/_core.pyi").read_text(encoding="utf-8")
