@@ -1,0 +1,61 @@
+"""The KV-cache memory system of LLM servers: specification, oracle, fast core, conformance suite.
+
+`kvspec.X` is the native class, `kvspec.oracle.X` the oracle; their signatures are the same. Where
+the extension is absent the oracle, the interfaces and the conformance suite still work, and asking
+for a native class says so.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from kvspec.errors import ContractError, MemoryLeakError
+from kvspec.memory_checker import check_memory
+from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
+
+if TYPE_CHECKING:
+    from kvspec.native import (
+        ChunkCache,
+        DecodeReqToTokenPool,
+        PagedTokenToKVPoolAllocator,
+        RadixCache,
+        RadixCacheCpp,
+        ReqToTokenPool,
+        TokenToKVPoolAllocator,
+    )
+
+__all__ = [
+    "ChunkCache",
+    "ContractError",
+    "DecodeReqToTokenPool",
+    "MemoryLeakError",
+    "PagedTokenToKVPoolAllocator",
+    "RadixCache",
+    "RadixCacheCpp",
+    "RadixKey",
+    "ReqToTokenPool",
+    "TokenToKVPoolAllocator",
+    "check_memory",
+    "has_native",
+    "namespace_frame",
+    "page_hashes",
+]
+
+__version__ = "0.1.0"
+
+
+def has_native() -> bool:
+    """Whether the extension was built."""
+    return find_spec("kvspec._core") is not None
+
+
+def __getattr__(name: str) -> object:
+    if name in ("conformance", "interfaces", "native", "oracle"):
+        return import_module(f"kvspec.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'kvspec' has no attribute {name!r}")
+    if not has_native():
+        raise ImportError(f"kvspec.{name} needs the extension, which is absent: use kvspec.oracle")
+    from kvspec import native
+
+    return getattr(native, name)

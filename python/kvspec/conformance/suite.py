@@ -1,0 +1,54 @@
+"""What every room's suite has: the implementation under test, and settings for its fuzzers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+
+from kvspec.conformance.watch import watch
+
+__all__ = ["Conformance", "fuzzing", "short_fuzzing"]
+
+_FUZZING = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+_current = _FUZZING
+
+
+def fuzzing() -> settings:
+    """How long the suites' state machines run: deterministic, and shrunk when they fail."""
+    return _current
+
+
+@contextmanager
+def short_fuzzing() -> Iterator[None]:
+    """Inside, a failure is reported as it is found, without being shrunk: for mutants."""
+    global _current
+    _current = settings(_FUZZING, phases=[Phase.explicit, Phase.generate])
+    try:
+        yield
+    finally:
+        _current = _FUZZING
+
+
+class Conformance:
+    """Base of the suites. `impl` is the namespace under test."""
+
+    impl: Any
+
+    @property
+    def impl_name(self) -> str:
+        """`oracle`, `native`, or the name of somebody else's namespace."""
+        name: str = self.impl.__name__
+        return {"kvspec": "native", "kvspec.oracle": "oracle"}.get(name, name)
+
+    def subject(self, name: str, interface: type, *rooms: str, **arguments: Any) -> Any:
+        """An object of the implementation's class `name`, watched (see `watch`)."""
+        return watch(self.impl_name, getattr(self.impl, name), interface, *rooms, **arguments)

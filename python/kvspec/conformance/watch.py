@@ -1,0 +1,115 @@
+"""The proxy that measures which clauses are reached.
+
+It stands around a subject under test, takes `view()` before and after each call, and evaluates the
+`when:` line of every clause of the subject's rooms. Nothing of it runs in the implementation.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
+from types import CodeType
+from typing import Any
+
+from kvspec.clauses import clauses
+from kvspec.errors import ContractError
+
+__all__ = ["reached", "watch", "watch_function"]
+
+reached: Counter[tuple[str, str]] = Counter()
+"""(name of the implementation, clause id) -> how often the antecedent was true."""
+
+_UNSEEN = frozenset({"view", "attach"})
+
+
+@cache
+def _antecedents(room: str) -> list[tuple[str, CodeType, bool]]:
+    return [
+        (clause.id, compile(clause.when, clause.id, "eval"), "__init__" in clause.when)
+        for clause in clauses().values()
+        if clause.room == room and clause.when
+    ]
+
+
+def _count(impl: str, rooms: tuple[str, ...], seen: Mapping[str, object]) -> None:
+    for room in rooms:
+        for id_, code, of_construction in _antecedents(room):
+            if seen["call"] == "__init__" and not of_construction:
+                continue
+            if eval(code, {"__builtins__": __builtins__}, seen):
+                reached[impl, id_] += 1
+
+
+def _bound(interface: type | None, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    if interface is None or not hasattr(interface, name):
+        return dict(kwargs)
+    bound = inspect.signature(getattr(interface, name)).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+class Watched:
+    """Behaves as the subject and counts what is reached."""
+
+    def __init__(
+        self, subject: Any, impl: str, interface: type | None, rooms: tuple[str, ...]
+    ) -> None:
+        self._subject, self._impl, self._interface, self._rooms = subject, impl, interface, rooms
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._subject, name)
+        if name.startswith("_") or name in _UNSEEN or not callable(value):
+            return value
+
+        @wraps(value, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self._subject.view()
+            result, error = None, None
+            try:
+                result = value(*args, **kwargs)
+            except ContractError as raised:
+                error = raised
+            seen = _bound(self._interface, name, args, kwargs)
+            seen.update(call=name, result=result, error=error)
+            seen.update(before=before, after=self._subject.view())
+            _count(self._impl, self._rooms, seen)
+            if error is not None:
+                raise error
+            return result
+
+        return call
+
+
+def watch(
+    impl: str, make: Callable[..., Any], interface: type | None, *rooms: str, **arguments: Any
+) -> Any:
+    """Construct a subject and stand around it. `rooms` are those whose clauses it can reach."""
+    seen: dict[str, object] = {**arguments, "call": "__init__", "before": None, "after": None}
+    try:
+        subject = make(**arguments)
+    except ContractError as error:
+        _count(impl, rooms, seen | {"result": None, "error": error})
+        raise
+    _count(impl, rooms, seen | {"result": subject, "error": None, "after": subject.view()})
+    return Watched(subject, impl, interface, rooms)
+
+
+def watch_function(impl: str, function: Callable[..., Any], *rooms: str) -> Callable[..., Any]:
+    """The function, with what is reached counted; there is no view before and after."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result, error = None, None
+        try:
+            result = function(*args, **kwargs)
+        except ValueError as raised:
+            error = raised
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        seen = dict(bound.arguments) | {"call": function.__name__, "result": result, "error": error}
+        _count(impl, rooms, seen)
+        if error is not None:
+            raise error
+        return result
+
+    return call

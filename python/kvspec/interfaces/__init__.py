@@ -1,0 +1,1 @@
+"""Typed Protocols that mirror the clauses, one module per room."""
