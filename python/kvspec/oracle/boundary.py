@@ -1,0 +1,34 @@
+"""The oracle's border with torch: everything behind it is lists, sets and dicts."""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvspec.errors import ContractError
+
+
+def numbers(given: "Sequence[int] | Tensor | memoryview", clause: str) -> list[int]:
+    """The integers of a list, buffer or CPU tensor of one dimension; ContractError otherwise."""
+    if isinstance(given, Tensor):
+        if given.device.type != "cpu":
+            raise ContractError(f"{clause}: a tensor on {given.device} was given, use .cpu()")
+        if given.dim() != 1 or given.is_floating_point() or given.is_complex():
+            raise ContractError(
+                f"{clause}: a tensor of shape {list(given.shape)} and {given.dtype} was given,"
+                " not integers in one dimension"
+            )
+        return [int(number) for number in given.tolist()]
+    dimensions = getattr(given, "ndim", 1)
+    if dimensions != 1:
+        raise ContractError(f"{clause}: {type(given).__name__} has {dimensions} dimensions, not 1")
+    try:
+        return [operator.index(number) for number in given]
+    except TypeError:
+        raise ContractError(f"{clause}: {given!r} is not a sequence of integers") from None
+
+
+def tensor(given: Sequence[int]) -> Tensor:
+    """An int64 tensor on the CPU."""
+    return torch.tensor(given, dtype=torch.int64)
