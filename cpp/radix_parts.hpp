@@ -1,0 +1,39 @@
+// Small parts that several sources of the radix tree make their changes of.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "kvspec/radix_node.hpp"
+
+namespace kvspec {
+
+// Room for `extra` more elements, so that adding them cannot throw.  Amortised O(1) each.
+template <class Element>
+void grow(std::vector<Element>& elements, std::size_t extra) {
+  if (elements.capacity() - elements.size() >= extra) return;
+  elements.reserve(std::max(elements.size() + extra, elements.capacity() * 2));
+}
+
+// The pages and tokens of a run in one allocation.  O(tokens).
+inline RadixBuffer make_run(std::span<const PageId> pages, std::span<const Token> tokens) {
+  RadixBuffer run{
+      std::make_unique_for_overwrite<std::int32_t[]>(pages.size() + tokens.size()),
+      static_cast<std::uint32_t>(pages.size())};
+  std::copy(pages.begin(), pages.end(), run.data.get());
+  std::copy(tokens.begin(), tokens.end(), run.data.get() + pages.size());
+  return run;
+}
+
+// The name of a namespace, ready to be put in the map without an allocation.
+inline RadixSpaces::node_type make_name(std::string_view space) {
+  RadixSpaces fresh;
+  return fresh.extract(fresh.emplace(space, kNone).first);
+}
+
+}  // namespace kvspec

@@ -1,0 +1,124 @@
+// What a radix tree is made of and what it answers.  Spec: CACHE, RADIX.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kvspec/child_table.hpp"
+#include "kvspec/slots.hpp"
+
+namespace kvspec {
+
+using Token = std::int32_t;
+
+// Positions [start, stop) of the caller's slots.
+struct Interval {
+  std::int64_t start;
+  std::int64_t stop;
+
+  friend bool operator==(const Interval&, const Interval&) = default;
+};
+
+// Names a path and the incarnation of its last page (CACHE-14).
+struct RadixHandle {
+  std::shared_ptr<const char> tree;
+  std::uint32_t node;         // the path's end; that of an empty path names no node
+  std::uint64_t incarnation;  // of the path's last page; of the whole tree for an empty path
+  std::string space;          // of an empty path; otherwise the node knows
+
+  friend bool operator==(const RadixHandle&, const RadixHandle&) = default;
+};
+
+// One lock; worth one unlock (CACHE-11, CACHE-12).
+struct RadixReceipt {
+  RadixHandle node;
+  std::uint32_t slot;
+  std::uint64_t id;
+  std::int64_t delta;  // minus the tokens that it took from the evictable ones
+};
+
+struct RadixMatch {
+  Slots slots;
+  std::optional<RadixHandle> node;
+};
+
+struct RadixPath {
+  std::string space;
+  std::vector<Token> tokens;
+};
+
+// One resident page, as the abstract state has it.
+struct RadixPage {
+  RadixPath path;
+  PageId page;
+  std::uint32_t locks;
+  std::uint64_t last;  // rank among those of all pages, 0 the oldest
+  std::uint64_t born;
+  std::int64_t hits;
+  std::int64_t priority;
+  bool cut;
+};
+
+// Exact costs so far (RADIX-15).
+struct RadixCounters {
+  std::int64_t tokens_compared;
+  std::int64_t heap_moves;
+  std::int64_t leaves_evicted;
+};
+
+// A run of pages and their tokens in one allocation: page_count page ids, then the tokens.
+struct RadixBuffer {
+  std::unique_ptr<std::int32_t[]> data;
+  std::uint32_t page_count = 0;
+};
+
+// A run of pages of one path with the same metadata; or the root of a namespace, which has none.
+// What an eviction reads comes first: it fits one cache line.
+struct alignas(64) RadixNode {
+  std::unique_ptr<std::int32_t[]> data;  // as in RadixBuffer, for `capacity` pages
+  std::uint32_t start = 0;               // first page of data that is the node's
+  std::uint32_t page_count = 0;
+  std::uint32_t capacity = 0;
+  std::uint32_t parent = 0;        // for a free node the next free one
+  std::uint32_t hash = 0;          // of the parent and the first page
+  std::uint32_t child_count = 0;
+  std::uint32_t lock_count = 0;
+  std::uint32_t stamp = 0;         // odd: in the leaf heap, in the entry with this stamp
+  std::uint64_t last = 0;
+  std::uint64_t incarnation = 0;   // 0: evicted or free; otherwise unique in the tree
+  std::int64_t hits = 0;
+
+  std::uint64_t born = 0;
+  std::int64_t priority = 0;
+  const std::string* space = nullptr;  // of a root: its name, kept in the tree's map
+  std::uint32_t first_receipt = kNone;  // oldest open receipt of the node
+  std::uint32_t last_receipt = kNone;
+};
+
+using RadixSpaces = std::map<std::string, std::uint32_t, std::less<>>;
+
+// What an insert will do.  Dropping it does nothing.
+struct InsertPlan {
+  std::vector<PageId> pages;     // the caller's; of a row, with those beyond the whole ones
+  std::size_t whole_count = 0;   // pages of the key
+  std::vector<Interval> shared;
+  std::vector<Interval> adopted;
+  std::vector<Interval> duplicate;
+  std::vector<Interval> tail;
+  std::vector<PageId> resident;  // what the tree held along the key, page for page
+
+  std::string space;
+  std::uint64_t version = 0;         // of the tree it was made for
+  std::uint32_t node = 0;            // where the key leaves the tree
+  RadixBuffer upper;                 // the pages of it that are the key's, if not all are
+  RadixBuffer added;                 // the pages that become resident
+  RadixSpaces::node_type new_space;  // the name of the namespace, if it has no root yet
+};
+
+}  // namespace kvspec

@@ -1,0 +1,319 @@
+from typing import overload
+
+import kvspec.interfaces.slot_allocator
+import torch
+
+
+cuda_at_build: bool = True
+
+class Ticket:
+    """Worth one restore_state."""
+
+class TokenToKVPoolAllocator:
+    """A queue of slots. Spec: SLOT."""
+
+    def __init__(self, size: int, dtype: object, device: object, kvcache: object | None, need_sort: bool) -> None: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def need_sort(self) -> bool: ...
+
+    @property
+    def is_not_in_free_group(self) -> bool: ...
+
+    @property
+    def free_pages(self) -> torch.Tensor: ...
+
+    @property
+    def release_pages(self) -> torch.Tensor: ...
+
+    def available_size(self) -> int: ...
+
+    def alloc(self, need_size: int) -> torch.Tensor | None: ...
+
+    def free(self, free_index: object | None) -> None: ...
+
+    def free_group_begin(self) -> None: ...
+
+    def free_group_end(self) -> None: ...
+
+    def backup_state(self) -> Ticket: ...
+
+    def restore_state(self, state: object | None) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def get_kvcache(self) -> object: ...
+
+    def attach(self, observer: object | None) -> None: ...
+
+    def view(self) -> kvspec.interfaces.slot_allocator.AllocatorView: ...
+
+    def digest(self) -> int: ...
+
+    def check(self) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
+class PagedTokenToKVPoolAllocator:
+    """Whole pages. Spec: PAGE."""
+
+    def __init__(self, size: int, page_size: int, dtype: object, device: object, kvcache: object | None, need_sort: bool) -> None: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def need_sort(self) -> bool: ...
+
+    @property
+    def is_not_in_free_group(self) -> bool: ...
+
+    @property
+    def free_pages(self) -> torch.Tensor: ...
+
+    @property
+    def release_pages(self) -> torch.Tensor: ...
+
+    def available_size(self) -> int: ...
+
+    def alloc(self, need_size: int) -> torch.Tensor | None: ...
+
+    def free(self, free_index: object | None) -> None: ...
+
+    def free_group_begin(self) -> None: ...
+
+    def free_group_end(self) -> None: ...
+
+    def backup_state(self) -> Ticket: ...
+
+    def restore_state(self, state: object | None) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def get_kvcache(self) -> object: ...
+
+    def attach(self, observer: object | None) -> None: ...
+
+    def view(self) -> kvspec.interfaces.slot_allocator.AllocatorView: ...
+
+    def digest(self) -> int: ...
+
+    def check(self) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
+    def alloc_extend(self, prefix_lens: object, seq_lens: object, last_loc: object, extend_num_tokens: int) -> torch.Tensor | None: ...
+
+    def alloc_decode(self, seq_lens: object, last_loc: object) -> torch.Tensor | None: ...
+
+class RequestRows:
+    """The books of a request pool. Spec: REQ."""
+
+    def __init__(self, size: int, pre_alloc_size: int, max_context_len: int) -> None: ...
+
+    def available_size(self) -> int:
+        """How many rows `alloc` can hand out. O(1)."""
+
+    def alloc(self, need_size: int) -> list[int] | None:
+        """
+        Take the rows that have been free longest, or None (REQ-2, REQ-3, REQ-4).
+        """
+
+    def free(self, free_index: object | None) -> None:
+        """Give rows back (REQ-4, REQ-5). O(rows named)."""
+
+    def write(self, indices: object | None, values: object | None) -> None:
+        """Set positions of rows to slots (REQ-6, REQ-7). O(positions named)."""
+
+    def row(self, row: int) -> torch.Tensor:
+        """The slots of a live row: int64, a copy, on the CPU. O(length)."""
+
+    def row_length(self, row: int) -> int:
+        """How many positions of a live row are written. O(1)."""
+
+    def clear(self) -> None:
+        """Make every row free (REQ-9). O(rows)."""
+
+    @property
+    def free_slots(self) -> list[int]:
+        """The free rows, the next to be handed out first. O(rows)."""
+
+    def attach(self, observer: object | None) -> None:
+        """Report every operation from now on; None detaches (OBS-1)."""
+
+    def counters(self) -> dict[str, int]:
+        """Exact costs so far (REQ-13)."""
+
+    def live_rows(self) -> list[int]:
+        """The live rows, ascending. O(rows)."""
+
+    def mirror(self, table: torch.Tensor) -> None:
+        """Let `write` write to this table of zeros too (REQ-8)."""
+
+    def guard(self, name: str) -> None:
+        """Refuse a call from an observer (OBS-3)."""
+
+    def unsent_count(self) -> int:
+        """Positions that a device's table lacks."""
+
+    def pack(self, packed: torch.Tensor) -> None:
+        """
+        Write them: their places in the flat table as int64, then their slots as int32.
+        """
+
+    def sent(self) -> None:
+        """The table has what was packed."""
+
+    def check_books(self, table: torch.Tensor | None) -> None:
+        """Raise ContractError if books or table are broken (REQ-10)."""
+
+class NodeHandle:
+    """Names a path and the incarnation of its last page (CACHE-14)."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
+class LockReceipt:
+    """One lock, worth one unlock (CACHE-11, CACHE-12)."""
+
+    @property
+    def delta(self) -> int: ...
+
+    @property
+    def node(self) -> NodeHandle: ...
+
+    @property
+    def swa_uuid(self) -> int | None: ...
+
+class InsertPlan:
+    """What an insert will do (CACHE-8); carried out once."""
+
+    @property
+    def prefix_len(self) -> int: ...
+
+    @property
+    def whole_len(self) -> int: ...
+
+    @property
+    def shared(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def adopted(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def duplicate(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def tail(self) -> list[tuple[int, int]]: ...
+
+    def duplicate_slots(self) -> torch.Tensor:
+        """The caller's slots in whose place the tree holds others."""
+
+    def own_slots(self, start: int, stop: int) -> torch.Tensor:
+        """The caller's, by position, to the end of the last page."""
+
+    def tree_slots(self, start: int) -> torch.Tensor:
+        """What the tree will hold along the key from a position on."""
+
+class RadixTree:
+    """Which pages hold the KV of which tokens. Spec: RADIX."""
+
+    def __init__(self, page_size: int, eviction_policy: str, eviction_granularity: str) -> None: ...
+
+    def match(self, frame: bytes, tokens: object) -> tuple[torch.Tensor, NodeHandle]:
+        """The longest resident prefix, touched (RADIX-1, RADIX-3)."""
+
+    def plan_insert(self, frame: bytes, tokens: object, value: object) -> InsertPlan:
+        """What an insert would do, and its memory (CACHE-8, CACHE-10)."""
+
+    def plan_row(self, frame: bytes, tokens: object, row: object, protected_len: int, receipt: LockReceipt | None) -> InsertPlan:
+        """What caching a request's row would do (CACHE-5)."""
+
+    def commit_insert(self, plan: InsertPlan, priority: int) -> NodeHandle:
+        """Carry a plan out (CACHE-9, RADIX-4)."""
+
+    def lock(self, node: NodeHandle) -> LockReceipt:
+        """Lock a path (CACHE-11, CACHE-13)."""
+
+    @overload
+    def unlock(self, node: LockReceipt) -> int:
+        """Consume a receipt (CACHE-12, CACHE-13)."""
+
+    @overload
+    def unlock(self, node: NodeHandle) -> int:
+        """Consume the oldest open receipt of a node (CACHE-12, CACHE-13)."""
+
+    def evict(self, num_tokens: int) -> torch.Tensor:
+        """Slots evicted, in order (RADIX-8 to RADIX-13)."""
+
+    def evict_commit(self) -> None:
+        """Let the last eviction's memory go."""
+
+    def evict_undo(self) -> None:
+        """Take the last eviction back."""
+
+    def reset(self) -> None:
+        """Forget every page (CACHE-15, CACHE-16)."""
+
+    def peek(self, frame: bytes, tokens: object) -> torch.Tensor:
+        """The longest resident prefix, untouched (RADIX-3)."""
+
+    def resolve(self, node: NodeHandle) -> tuple[bytes, tuple[int, ...]] | None:
+        """Frame and tokens of a handle's path (CACHE-14)."""
+
+    def path_slots(self, node: NodeHandle) -> torch.Tensor:
+        """The slots of a live handle's path."""
+
+    def resident_slots(self) -> torch.Tensor:
+        """All resident slots, ascending."""
+
+    def require_no_receipt(self) -> None:
+        """Refuse if one is open (CACHE-16)."""
+
+    def evictable_size(self) -> int: ...
+
+    def protected_size(self) -> int: ...
+
+    def pages(self) -> list[tuple[tuple[bytes, tuple[int, ...]], tuple[int, int, int, int, int, int, bool]]]:
+        """
+        Of each resident page its path, and page, locks, last, born, hits, priority and cut.
+        """
+
+    def open_receipts(self) -> list[tuple[bytes, tuple[int, ...]]]:
+        """Paths of the open receipts, oldest first."""
+
+    def digest(self) -> int:
+        """RADIX-17."""
+
+    def check(self) -> None:
+        """RADIX-16."""
+
+    def counters(self) -> dict[str, int]:
+        """RADIX-15."""
+
+def whole_pages(row: object, page_size: int, clause: str) -> torch.Tensor:
+    """
+    The slots of every page that a row has slots of, each page once, in order.
+    """

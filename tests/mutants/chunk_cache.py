@@ -1,0 +1,101 @@
+"""Chunk caches with one clause broken each."""
+
+from typing import Any
+
+from kvspec import oracle
+from kvspec.conformance.chunk_cache import ChunkCacheConformance
+from kvspec.conformance.mutants import Registry
+from kvspec.interfaces.prefix_cache import MatchResult
+from kvspec.oracle import ChunkCache
+from kvspec.oracle.boundary import tensor
+from kvspec.oracle.prefix_cache import RequestRow, finished_tokens
+
+registry = Registry(ChunkCacheConformance, oracle)
+
+
+@registry.mutant("CHUNK-1", reports=("SE-19", "SE-04"))
+class GivesAViewOfTheRow(ChunkCache):
+    def cache_unfinished_req(self, req: Any) -> None:
+        super().cache_unfinished_req(req)
+        assert self.req_to_token_pool is not None
+        table = self.req_to_token_pool.req_to_token
+        req.prefix_indices = table[req.req_pool_idx, : len(req.fill_ids)]
+
+
+@registry.mutant("CHUNK-1")
+class CopiesWholePagesOnly(ChunkCache):
+    def cache_unfinished_req(self, req: Any) -> None:
+        super().cache_unfinished_req(req)
+        whole = len(req.fill_ids) // 4 * 4
+        req.prefix_indices = req.prefix_indices[:whole]
+
+
+@registry.mutant("CHUNK-1", "CHUNK-2", "CHUNK-3")
+class CallsTheRowProtected(ChunkCache):
+    def cache_unfinished_req(self, req: Any) -> None:
+        super().cache_unfinished_req(req)
+        req.cache_protected_len = len(req.fill_ids) // self.page_size * self.page_size
+
+
+class GivesBackTooLittle(ChunkCache):
+    """Gives back the first slots of the row alone."""
+
+    def kept(self, req: Any, slots: list[int]) -> list[int]:
+        raise NotImplementedError
+
+    def _row(self, req: Any, tokens: list[int]) -> RequestRow:
+        row = super()._row(req, tokens)
+        if self._busy == "cache_finished_req":
+            return RequestRow(self.kept(req, row.slots), row.tokens)
+        return row
+
+
+@registry.mutant("CHUNK-2", reports=("JAX-1147", "SG-31616"))
+class LeaksWhatWasAllocatedBeyondTheCommitted(GivesBackTooLittle):
+    def kept(self, req: Any, slots: list[int]) -> list[int]:
+        return slots[: len(finished_tokens(req))]
+
+
+@registry.mutant("CHUNK-2", reports=("SE-25",))
+class LeaksASlotWithoutOutput(GivesBackTooLittle):
+    def kept(self, req: Any, slots: list[int]) -> list[int]:
+        return slots if req.output_ids else slots[: max(len(slots) - self.page_size, 0)]
+
+
+@registry.mutant("CHUNK-2", "CHUNK-4", reports=("SG-10871",))
+class KeepsTheRow(ChunkCache):
+    def _dismiss(self, req: Any) -> None:
+        pool, self.req_to_token_pool = self.req_to_token_pool, None
+        super()._dismiss(req)
+        self.req_to_token_pool = pool
+
+
+@registry.mutant("CHUNK-3", "CHUNK-1", "CHUNK-2")
+class FindsTheLastThingItSaw(ChunkCache):
+    last: tuple[int, ...] = ()
+
+    def cache_unfinished_req(self, req: Any) -> None:
+        super().cache_unfinished_req(req)
+        self.last = tuple(req.prefix_indices.tolist())
+
+    def match_prefix(self, key: Any, *, extra_key: Any = None, touch: bool = True) -> MatchResult:
+        return MatchResult(tensor(self.last[: len(key)]), None, None)
+
+
+@registry.mutant("CHUNK-3")
+class SaysItEvicted(ChunkCache):
+    def evict(self, num_tokens: int) -> int:
+        return num_tokens
+
+
+@registry.mutant("CHUNK-4", reports=("SG-28754",))
+class TakesMoreCommittedThanAllocated(ChunkCache):
+    def _row(self, req: Any, tokens: list[int]) -> RequestRow:
+        return super()._row(req, [])._replace(tokens=tokens)
+
+
+@registry.mutant("CHUNK-4", reports=("JAX-982",))
+class FinishesTwiceInSilence(ChunkCache):
+    def cache_finished_req(self, req: Any) -> None:
+        if req.req_pool_idx is not None:
+            super().cache_finished_req(req)
