@@ -1,0 +1,50 @@
+"""The core's conformance suites and a lockstep run, in a build with ASan and UBSan.
+
+`make sanitize` runs this folder with the sanitized extension first on the path. In an ordinary run
+it is not collected: the same tests run there from where they belong.
+"""
+
+from pathlib import Path
+
+import kvspec
+from kvspec import _core
+from kvspec.conformance.chunk_cache import ChunkCacheConformance
+from kvspec.conformance.lockstep.campaign import campaign
+from kvspec.conformance.page_allocator import PageAllocatorConformance
+from kvspec.conformance.prefix_cache import PrefixCacheConformance
+from kvspec.conformance.radix_cache import RadixCacheConformance
+from kvspec.conformance.request_pool import RequestPoolConformance
+from kvspec.conformance.slot_allocator import SlotAllocatorConformance
+
+
+def test_the_extension_is_the_sanitized_one() -> None:
+    assert "sanitize" in Path(_core.__file__).parts
+
+
+class TestPageAllocator(PageAllocatorConformance):
+    impl = kvspec
+
+
+class TestSlotAllocator(SlotAllocatorConformance):
+    impl = kvspec
+
+
+class TestRequestPool(RequestPoolConformance):
+    impl = kvspec
+
+
+class TestPrefixCache(PrefixCacheConformance):
+    impl = kvspec
+
+
+class TestRadixCache(RadixCacheConformance):
+    impl = kvspec
+
+
+class TestChunkCache(ChunkCacheConformance):
+    impl = kvspec
+
+
+def test_lockstep() -> None:
+    found = campaign(range(1000, 1008), 20_000)
+    assert found.failure is None
