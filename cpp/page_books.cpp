@@ -37,10 +37,10 @@ PageBooks::PageBooks(const AllocatorKind& kind, std::int64_t size, std::int64_t 
       free_(page_count_),
       release_(need_sort ? page_count_ : 0),
       state_(page_count_ + 1),
+      scratch_(std::make_unique_for_overwrite<PageId[]>(page_count_)),
       identity_(std::make_shared<const char>()),
       reporter_(kind.room) {
   pending_.reserve(page_count_);
-  named_.reserve(page_count_);
   clear();
 }
 
@@ -63,21 +63,20 @@ std::optional<Slots> PageBooks::alloc(std::int64_t need_size) {
 
 void PageBooks::free(std::span<const std::int64_t> slots) {
   reporter_.guard("free");
-  name_pages(slots);
-  if (named_.empty()) return;
+  const std::span<PageId> pages = name_pages(slots);
+  if (pages.empty()) return;
   Slots moved;
   try {
-    moved = room_for_report(named_.size());
+    moved = room_for_report(pages.size());
   } catch (...) {
-    unname();
+    set_state(pages, State::held);
     throw;
   }
 
-  if (kind_.pages && !std::ranges::is_sorted(named_)) std::ranges::sort(named_);
-  put_back(named_);
+  if (kind_.pages && !std::ranges::is_sorted(pages)) std::ranges::sort(pages);
+  put_back(pages);
   end_epoch(kind_.freed);
-  write_report(named_, moved);
-  named_.clear();
+  write_report(pages, moved);
   reporter_.report("free", moved.span());
 }
 
@@ -229,22 +228,29 @@ void PageBooks::write_report(std::span<const PageId> pages, Slots& moved) const 
   write_slots(pages, static_cast<std::int32_t>(page_size_), moved.span());
 }
 
-// Collects in named_ the pages that the slots name, in the order of their first slot, or refuses.
-void PageBooks::name_pages(std::span<const std::int64_t> slots) {
-  std::int64_t first = 0;  // slot of the page named last
-  for (const std::int64_t slot : slots) {
-    if (kind_.pages && first != 0 && slot >= first && slot - first < page_size_) continue;
-    const std::int64_t page = page_of(slot);
-    const State place = contains(page) ? state(page) : State::sink;
-    if (place == State::named && kind_.pages) continue;
-    if (place != State::held) {
-      unname();
+// The pages that the slots name, in the order of their first slot, marked named; or a refusal.
+std::span<PageId> PageBooks::name_pages(std::span<const std::int64_t> slots) {
+  PageId* const pages = scratch_.get();
+  State* const states = state_.data();
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < slots.size();) {
+    const std::int64_t page = page_of(slots[i]);
+    const State place = contains(page) ? states[page] : State::sink;
+    if (place == State::held) {
+      states[page] = State::named;
+      pages[count++] = static_cast<PageId>(page);
+    } else if (place != State::named || !kind_.pages) {
+      set_state({pages, count}, State::held);
       refuse_free(page, place == State::named);
     }
-    state(page) = State::named;
-    named_.push_back(static_cast<PageId>(page));
-    first = page * page_size_;
+    ++i;
+    if (kind_.pages) {
+      // Most slots follow one of their own page, which is known already.
+      const std::int64_t end = (page + 1) * page_size_;
+      while (i < slots.size() && slots[i] < end && slots[i] >= end - page_size_) ++i;
+    }
   }
+  return {pages, count};
 }
 
 void PageBooks::refuse_free(std::int64_t page, bool twice) const {
@@ -259,13 +265,9 @@ void PageBooks::refuse_free(std::int64_t page, bool twice) const {
   refuse(kind_.given_back, what + (pending ? ", which is pending" : ", which is free"));
 }
 
-void PageBooks::unname() noexcept {
-  set_state(named_, State::held);
-  named_.clear();
-}
-
 void PageBooks::set_state(std::span<const PageId> pages, State place) noexcept {
-  for (const PageId page : pages) state(page) = place;
+  State* const states = state_.data();
+  for (const PageId page : pages) states[page] = place;
 }
 
 // Puts pages where what is given back waits (PAGE-16, SLOT-6).
@@ -281,20 +283,19 @@ void PageBooks::put_back(std::span<const PageId> pages) noexcept {
   kind_.pages ? ring.push_front(pages) : ring.push_back(pages);
 }
 
-// Sorts free list and release list into the free list; named_ lends the memory.
+// Sorts free list and release list into the free list.
 void PageBooks::merge() noexcept {
+  PageId* end = scratch_.get();
   for (const PageRing* ring : {&free_, &release_}) {
-    for (const auto& pages : ring->pieces()) {
-      named_.insert(named_.end(), pages.begin(), pages.end());
-    }
+    for (const auto& pages : ring->pieces()) end = std::ranges::copy(pages, end).out;
   }
-  std::ranges::sort(named_);
-  set_state(named_, State::free);
-  free_.replace(named_);
+  const std::span<PageId> merged(scratch_.get(), end);
+  std::ranges::sort(merged);
+  set_state(merged, State::free);
+  free_.replace(merged);
   release_.clear();
   ++counters_.merges;
-  counters_.pages_merged += static_cast<std::int64_t>(named_.size());
-  named_.clear();
+  counters_.pages_merged += static_cast<std::int64_t>(merged.size());
 }
 
 void PageBooks::end_epoch(const char* reason) noexcept {

@@ -50,7 +50,7 @@ RadixTree::RadixTree(std::int32_t page_size, std::string_view eviction_policy,
     refuse("RADIX-14", "eviction_granularity is '" + std::string(eviction_granularity) +
                            "', not one of page, node");
   }
-  policy_ = static_cast<Policy>(known - kPolicies.begin());
+  policy_ = static_cast<EvictionPolicy>(known - kPolicies.begin());
   whole_nodes_ = eviction_granularity == "node";
   reserve(1);
   make_root(make_name(""));
@@ -61,7 +61,7 @@ RadixTree::RadixTree(std::int32_t page_size, std::string_view eviction_policy,
 RadixMatch RadixTree::match(std::string_view space, std::span<const Token> tokens) {
   evict_commit();
   const NodeIndex root = find_root(space);
-  const Walk at = root == kNone ? Walk{kNone, 0, 0} : walk(root, tokens);
+  const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
   if (at.page_count == 0) return {Slots(0), handle_of(kNone, std::string(space))};
 
   Slots slots = matched_slots(at);
@@ -77,20 +77,20 @@ RadixMatch RadixTree::match(std::string_view space, std::span<const Token> token
 
 RadixMatch RadixTree::peek(std::string_view space, std::span<const Token> tokens) const {
   const NodeIndex root = find_root(space);
-  const Walk at = root == kNone ? Walk{kNone, 0, 0} : walk(root, tokens);
+  const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
   return {matched_slots(at), std::nullopt};
 }
 
-Slots RadixTree::matched_slots(const Walk& at) const {
+Slots RadixTree::matched_slots(const RadixWalk& at) const {
   std::vector<PageId> pages(at.page_count);
   copy_pages(at, pages);
   return slots_of(pages, page_size_);
 }
 
-RadixTree::Walk RadixTree::walk(NodeIndex root, std::span<const Token> tokens) const {
+RadixWalk RadixTree::walk(NodeIndex root, std::span<const Token> tokens) const {
   const auto unit = static_cast<std::size_t>(page_size_);
   const std::size_t whole = tokens.size() / unit;
-  Walk at{root, 0, 0};
+  RadixWalk at{root, 0, 0};
   while (at.page_count < whole) {
     const Token* key = tokens.data() + at.page_count * unit;
     const NodeIndex child = find_child(at.node, hash_page(at.node, key), key);
@@ -134,7 +134,7 @@ RadixTree::NodeIndex RadixTree::find_root(std::string_view space) const {
   return found == spaces_.end() ? kNone : found->second;
 }
 
-void RadixTree::copy_pages(const Walk& at, std::span<PageId> out) const noexcept {
+void RadixTree::copy_pages(const RadixWalk& at, std::span<PageId> out) const noexcept {
   std::size_t end = at.page_count;
   std::size_t count = at.offset;
   for (NodeIndex index = at.node; end > 0; index = nodes_[index].parent) {
@@ -152,10 +152,8 @@ void RadixTree::touch(NodeIndex end, std::int64_t added_hits,
     node.last = tick_;
     node.hits += added_hits;
     node.priority = std::max(node.priority, least_priority);
-    // Only under mru can a key become smaller than that of the node's entry.
-    if (policy_ == Policy::mru && node.stamp % 2 == 1) ++node.stamp;
   }
-  queue_if_evictable(end);
+  requeue(end);
 }
 
 // ---- nodes ----
@@ -172,8 +170,7 @@ std::span<const PageId> RadixTree::pages_of_node(const Node& node) const noexcep
 void RadixTree::reserve(std::size_t node_count) {
   if (free_node_count_ < node_count) grow(nodes_, node_count - free_node_count_);
   children_.reserve(children_.count() + node_count);
-  // One entry per node, and under mru as many out of date before they are dropped.
-  leaves_.reserve(policy_ == Policy::mru ? nodes_.capacity() * 2 : nodes_.capacity());
+  leaves_.reserve(nodes_.capacity());
 }
 
 RadixTree::NodeIndex RadixTree::take_node(NodeIndex parent) noexcept {
@@ -202,6 +199,7 @@ RadixTree::NodeIndex RadixTree::make_leaf(NodeIndex parent, RadixBuffer run) noe
   children_.insert(node.hash, index);
   resident_.add(pages_of_node(node));
   ++nodes_[parent].child_count;
+  requeue(parent);
   evictable_pages_ += node.page_count;
   return index;
 }
@@ -214,11 +212,8 @@ RadixTree::NodeIndex RadixTree::make_root(RadixSpaces::node_type name) noexcept 
 }
 
 void RadixTree::release_node(NodeIndex index) noexcept {
-  Node& node = nodes_[index];
-  const std::uint32_t stamp = node.stamp;  // entries of former nodes must stay out of date
-  node = Node{};
-  node.stamp = stamp;
-  node.parent = free_node_;
+  nodes_[index] = Node{};
+  nodes_[index].parent = free_node_;
   free_node_ = index;
   ++free_node_count_;
   ++version_;
@@ -325,7 +320,7 @@ std::int64_t RadixTree::unlock(const RadixHandle& handle) {
 
 Slots RadixTree::path_slots(const RadixHandle& handle) const {
   if (!is_current(handle) || handle.node == kNone) return Slots(0);
-  Walk end{handle.node, nodes_[handle.node].page_count, 0};
+  RadixWalk end{handle.node, nodes_[handle.node].page_count, 0};
   for (NodeIndex at = handle.node; at != kNone; at = nodes_[at].parent) {
     end.page_count += nodes_[at].page_count;
   }
@@ -363,7 +358,7 @@ std::uint32_t RadixTree::open_receipt(NodeIndex node) noexcept {
 
 // Gives the receipt's lock back; the tokens that became evictable.
 std::int64_t RadixTree::close_receipt(std::uint32_t slot) noexcept {
-  Receipt& receipt = receipts_[slot];
+  RadixLock& receipt = receipts_[slot];
   const NodeIndex node = receipt.node;
   Node& owner = nodes_[node];
   const auto [id, locked, next, previous] = receipt;
@@ -386,6 +381,7 @@ std::int64_t RadixTree::add_lock(NodeIndex end) noexcept {
   }
   evictable_pages_ -= page_count;
   protected_pages_ += page_count;
+  requeue(end);
   return page_count * page_size_;
 }
 
@@ -396,7 +392,7 @@ std::int64_t RadixTree::remove_lock(NodeIndex end) noexcept {
   }
   evictable_pages_ += page_count;
   protected_pages_ -= page_count;
-  queue_if_evictable(end);
+  requeue(end);
   return page_count * page_size_;
 }
 

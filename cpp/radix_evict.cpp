@@ -11,59 +11,37 @@ namespace kvspec {
 LeafKey RadixTree::key_of(const Node& node) const noexcept {
   constexpr std::uint64_t kSign = std::uint64_t{1} << 63;
   switch (policy_) {
-    case Policy::lru:
+    case EvictionPolicy::lru:
       return {node.last, 0};
-    case Policy::mru:
+    case EvictionPolicy::mru:
       return {~node.last, 0};
-    case Policy::fifo:
+    case EvictionPolicy::fifo:
       return {node.born, 0};
-    case Policy::filo:
+    case EvictionPolicy::filo:
       return {~node.born, 0};
-    case Policy::lfu:
+    case EvictionPolicy::lfu:
       return {static_cast<std::uint64_t>(node.hits), node.last};
-    case Policy::slru:
+    case EvictionPolicy::slru:
       return {node.hits >= 1 ? 1U : 0U, node.last};
-    case Policy::priority:
+    case EvictionPolicy::priority:
       return {static_cast<std::uint64_t>(node.priority) ^ kSign, node.last};
   }
   return {};
 }
 
-void RadixTree::queue_if_evictable(NodeIndex index) noexcept {
-  Node& node = nodes_[index];
-  if (!is_evictable_leaf(node) || node.stamp % 2 == 1) return;
-  if (leaves_.full()) {
-    leaves_.drop([this](const LeafHeap::Entry& entry) {
-      return entry.stamp != nodes_[entry.node].stamp;
-    });
+// Puts the queue right after a change of the node's key, locks or children.
+void RadixTree::requeue(NodeIndex index) noexcept {
+  const Node& node = nodes_[index];
+  if (is_evictable_leaf(node)) {
+    leaves_.set(index, key_of(node));
+  } else if (leaves_.contains(index)) {
+    leaves_.erase(index);
   }
-  ++node.stamp;
-  leaves_.push({key_of(node), index, node.stamp});
 }
 
-// The evictable leaf with the smallest key, left at the top of the queue; kNone if there is none.
-// An entry out of date costs what the change that made it so has saved.
-RadixTree::NodeIndex RadixTree::next_victim() noexcept {
-  while (!leaves_.empty()) {
-    const LeafHeap::Entry entry = leaves_.top();
-    Node& node = nodes_[entry.node];
-    if (entry.stamp != node.stamp) {
-      leaves_.pop();
-    } else if (!is_evictable_leaf(node)) {
-      leaves_.pop();
-      ++node.stamp;
-    } else if (const LeafKey key = key_of(node); key != entry.key) {
-      leaves_.change_top(key);
-    } else {
-      return entry.node;
-    }
-  }
-  return kNone;
-}
-
-// What the next round will touch: the next victim is at the top, the one after it right below.
+// What the next round will touch: the next victim comes first, the one after it is below it.
 void RadixTree::prefetch_victims() const noexcept {
-  const std::span<const LeafHeap::Entry> entries = leaves_.entries();
+  const std::vector<LeafHeap::Entry>& entries = leaves_.entries();
   if (entries.empty()) return;
   const Node& next = nodes_[entries[0].node];
   __builtin_prefetch(next.data.get());
@@ -73,7 +51,7 @@ void RadixTree::prefetch_victims() const noexcept {
   }
 }
 
-// Takes the last `page_count` pages from the leaf at the top of the queue.
+// Takes the last `page_count` pages from a leaf.
 void RadixTree::take(NodeIndex index, std::uint32_t page_count, std::vector<PageId>& evicted) {
   Node& node = nodes_[index];
   const std::span<const PageId> pages = pages_of_node(node).last(page_count);
@@ -85,13 +63,12 @@ void RadixTree::take(NodeIndex index, std::uint32_t page_count, std::vector<Page
     node.page_count -= page_count;
     node.incarnation = ++incarnation_count_;
   } else {
-    leaves_.pop();
+    leaves_.erase(index);
     prefetch_victims();
-    ++node.stamp;
     node.incarnation = 0;
     children_.erase(node.hash, index);
     --nodes_[node.parent].child_count;
-    queue_if_evictable(node.parent);
+    requeue(node.parent);
   }
   if (page_size_ == 1) {
     evicted.insert(evicted.end(), pages.rbegin(), pages.rend());
@@ -107,9 +84,8 @@ Slots RadixTree::evict(std::int64_t token_count) {
   std::vector<PageId> evicted;
   try {
     evicted.reserve(static_cast<std::size_t>(std::min(wanted, evictable_pages_)));
-    while (wanted > 0) {
-      const NodeIndex victim = next_victim();
-      if (victim == kNone) break;
+    while (wanted > 0 && !leaves_.entries().empty()) {
+      const NodeIndex victim = leaves_.entries().front().node;
       const std::uint32_t held = nodes_[victim].page_count;
       const std::int64_t count = whole_nodes_ ? held : std::min<std::int64_t>(wanted, held);
       take(victim, static_cast<std::uint32_t>(count), evicted);
@@ -148,19 +124,20 @@ void RadixTree::evict_commit() noexcept {
 
 void RadixTree::evict_undo() noexcept {
   for (; !victims_.empty(); victims_.pop_back()) {
-    const Victim& victim = victims_.back();
+    const RadixVictim& victim = victims_.back();
     Node& node = nodes_[victim.node];
     if (is_live(node)) {
       node.page_count += victim.page_count;
     } else {
       children_.insert(node.hash, victim.node);
       ++nodes_[node.parent].child_count;
+      requeue(node.parent);
     }
     node.incarnation = victim.incarnation;
     resident_.add(pages_of_node(node).last(victim.page_count));
     evictable_pages_ += victim.page_count;
     --leaves_evicted_;
-    queue_if_evictable(victim.node);
+    requeue(victim.node);
     ++version_;
   }
 }

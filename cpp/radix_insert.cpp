@@ -36,7 +36,7 @@ InsertPlan RadixTree::plan_pages(std::string_view space, std::span<const Token> 
   }
   evict_commit();
   const NodeIndex root = find_root(space);
-  const Walk at = root == kNone ? Walk{kNone, 0, 0} : walk(root, tokens);
+  const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
   InsertPlan plan = compare(at, std::move(pages), tokens.size());
   if (const auto conflict = find_conflict(plan)) refuse_conflict(*conflict);
   prepare(plan, at, space, tokens);
@@ -49,7 +49,7 @@ InsertPlan RadixTree::plan_row(std::string_view space, std::span<const Token> to
   evict_commit();
   std::vector<PageId> pages = pages_of_row(row, page_size_);
   const NodeIndex root = find_root(space);
-  const Walk at = root == kNone ? Walk{kNone, 0, 0} : walk(root, tokens);
+  const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
   InsertPlan plan = compare(at, std::move(pages), tokens.size());
   require_lock(plan, at, protected_count, receipt);
   if (const auto conflict = find_conflict(plan)) {
@@ -63,7 +63,7 @@ InsertPlan RadixTree::plan_row(std::string_view space, std::span<const Token> to
 }
 
 // What the tree holds along the key, and what becomes of the caller's pages (CACHE-8).
-InsertPlan RadixTree::compare(const Walk& at, std::vector<PageId> pages,
+InsertPlan RadixTree::compare(const RadixWalk& at, std::vector<PageId> pages,
                               std::size_t token_count) const {
   InsertPlan plan;
   plan.whole_count = token_count / static_cast<std::size_t>(page_size_);
@@ -85,12 +85,12 @@ InsertPlan RadixTree::compare(const Walk& at, std::vector<PageId> pages,
 }
 
 // The first page that the tree may not take, if there is one; makes room in the set of pages.
-std::optional<RadixTree::Conflict> RadixTree::find_conflict(const InsertPlan& plan) {
+std::optional<RadixConflict> RadixTree::find_conflict(const InsertPlan& plan) {
   const std::span<const PageId> pages(plan.pages);
   const auto is_none = [](PageId page) { return page < 1; };
   if (std::count_if(pages.begin(), pages.end(), is_none) > 0) {
     const auto first = std::find_if(pages.begin(), pages.end(), is_none);
-    return Conflict{*first, static_cast<std::size_t>(first - pages.begin()), false};
+    return RadixConflict{*first, static_cast<std::size_t>(first - pages.begin()), false};
   }
   std::vector<std::span<const PageId>> fresh;  // runs of what is not the tree's already
   fresh.reserve(plan.duplicate.size() + 1);
@@ -111,12 +111,12 @@ std::optional<RadixTree::Conflict> RadixTree::find_conflict(const InsertPlan& pl
   for (std::size_t index = 0;; ++index) {
     if (pages[index] != *taken) continue;
     const bool shared = index < plan.resident.size() && plan.resident[index] == *taken;
-    if (seen || (!shared && resident_.contains(*taken))) return Conflict{*taken, index, seen};
+    if (seen || (!shared && resident_.contains(*taken))) return RadixConflict{*taken, index, seen};
     seen = true;
   }
 }
 
-void RadixTree::refuse_conflict(const Conflict& conflict) {
+void RadixTree::refuse_conflict(const RadixConflict& conflict) {
   const std::string page = "page " + std::to_string(conflict.page);
   if (conflict.page == 0) refuse("CACHE-10", page + " is the sink");
   if (conflict.page < 0) refuse("CACHE-10", page + " is negative");
@@ -125,8 +125,8 @@ void RadixTree::refuse_conflict(const Conflict& conflict) {
 }
 
 // row[0 : protected_count) is what the tree holds along the path of the receipt (CACHE-5).
-void RadixTree::require_lock(const InsertPlan& plan, const Walk& at, std::int64_t protected_count,
-                             const RadixReceipt* receipt) const {
+void RadixTree::require_lock(const InsertPlan& plan, const RadixWalk& at,
+                             std::int64_t protected_count, const RadixReceipt* receipt) const {
   const std::string count = std::to_string(protected_count);
   if (receipt == nullptr) {
     if (protected_count == 0) return;
@@ -150,7 +150,7 @@ void RadixTree::require_lock(const InsertPlan& plan, const Walk& at, std::int64_
 }
 
 // Takes all the memory that carrying the plan out will need.
-void RadixTree::prepare(InsertPlan& plan, const Walk& at, std::string_view space,
+void RadixTree::prepare(InsertPlan& plan, const RadixWalk& at, std::string_view space,
                         std::span<const Token> tokens) {
   const auto unit = static_cast<std::size_t>(page_size_);
   plan.space = space;

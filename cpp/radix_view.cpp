@@ -77,8 +77,8 @@ std::vector<RadixTree::NodeIndex> RadixTree::resident_nodes() const {
   return resident;
 }
 
-RadixTree::Ranks RadixTree::ranks() const {
-  Ranks ranks;
+RadixRanks RadixTree::ranks() const {
+  RadixRanks ranks;
   for (const NodeIndex index : resident_nodes()) {
     ranks.last.push_back(nodes_[index].last);
     ranks.born.push_back(nodes_[index].born);
@@ -87,7 +87,7 @@ RadixTree::Ranks RadixTree::ranks() const {
 }
 
 std::vector<RadixPage> RadixTree::pages() const {
-  const Ranks ranks = this->ranks();
+  const RadixRanks ranks = this->ranks();
   std::vector<RadixPage> all;
   for (const NodeIndex index : resident_nodes()) {
     const Node& node = nodes_[index];
@@ -113,7 +113,7 @@ std::vector<RadixPage> RadixTree::pages() const {
 
 std::vector<RadixTree::NodeIndex> RadixTree::locked_nodes() const {
   std::vector<std::pair<std::uint64_t, NodeIndex>> open;
-  for (const Receipt& receipt : receipts_) {
+  for (const RadixLock& receipt : receipts_) {
     if (receipt.id != 0) open.emplace_back(receipt.id, receipt.node);
   }
   std::sort(open.begin(), open.end());
@@ -151,7 +151,7 @@ std::vector<std::uint64_t> RadixTree::end_hashes() const {
 }
 
 std::uint64_t RadixTree::digest() const {
-  const Ranks ranks = this->ranks();
+  const RadixRanks ranks = this->ranks();
   const std::vector<std::uint64_t> hashes = end_hashes();
   const auto unit = static_cast<std::size_t>(page_size_);
   std::uint64_t sum = 0;
@@ -251,19 +251,23 @@ void RadixTree::check_locks() const {
   if (locked.size() != open_receipt_count_) refuse("RADIX-6", "open receipts are miscounted");
 }
 
-// The sizes are right, and every evictable leaf is in the queue, not behind its place.
+// The sizes are right, and the queue holds the evictable leaves in order.
 void RadixTree::check_sizes() const {
   std::int64_t evictable = 0;
   std::int64_t locked = 0;
-  std::vector<bool> queued(nodes_.size(), false);
-  for (const LeafHeap::Entry& entry : leaves_.entries()) {
-    const Node& node = nodes_[entry.node];
-    if (entry.stamp == node.stamp && !(key_of(node) < entry.key)) queued[entry.node] = true;
-  }
+  std::size_t leaf_count = 0;
   for (const NodeIndex index : resident_nodes()) {
     const Node& node = nodes_[index];
     (node.lock_count == 0 ? evictable : locked) += node.page_count;
-    if (is_evictable_leaf(node) && !queued[index]) broken("RADIX-7", index, "cannot be evicted");
+    if (!is_evictable_leaf(node)) continue;
+    ++leaf_count;
+    if (!leaves_.contains(index)) broken("RADIX-7", index, "cannot be evicted");
+  }
+  for (const LeafHeap::Entry& entry : leaves_.entries()) {
+    if (key_of(nodes_[entry.node]) != entry.key) broken("RADIX-7", entry.node, "is out of order");
+  }
+  if (leaves_.entries().size() != leaf_count || !leaves_.is_sound()) {
+    refuse("RADIX-7", "the queue of evictable leaves is not sound");
   }
   if (evictable != evictable_pages_) {
     refuse("RADIX-7", "evictable_size() is " + std::to_string(evictable_token_count()) + ", not " +

@@ -55,6 +55,7 @@ def test_the_trace_is_what_golden_counts_are_of(file: str) -> None:
 
 @pytest.mark.skipif(not kvspec.has_native(), reason="the extension is absent")
 @clause("REPLAY-5")
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("file", FILES)
 def test_the_core_counts_what_golden_json_says(file: str, policy: str) -> None:

@@ -36,10 +36,10 @@ class TestNative(ReplayConformance):
 
 
 def random_traces(count: int) -> Iterator[tuple[int, int, bool, list[tuple[list[int], int]]]]:
-    """(seed, capacity, leave_last_token, requests). One in five has a request beyond capacity."""
+    """(seed, capacity, leave_last_token, requests): up to 8 blocks each, 3 to 14 in the cache."""
     for seed in range(count):
-        requests = list(busy_requests(count=20, seed=seed))
-        yield seed, 5 + seed % 20, seed % 4 == 0, requests
+        requests = list(busy_requests(count=12, seed=seed))
+        yield seed, 3 + seed % 12, seed % 4 == 0, requests
 
 
 @clause("REPLAY-5")

@@ -34,13 +34,16 @@ SHARED = {
     "oracle": {"__init__", "boundary", "digest"},
     "header": {
         *("contract", "digest", "slots"),
-        *("page_books", "page_set"),
+        *("page_books", "page_ring", "page_set"),
         *("child_table", "leaf_heap", "radix_node"),
     },
     "core": {"page_books", "radix_evict", "radix_insert", "radix_view"},
     "binding": {"module"},
     "native": {"__init__"},
-    "conformance": {"__init__", "citations", "lockstep", "mutants", "plugin", "suite", "watch"},
+    "conformance": {
+        *("__init__", "citations", "mutants", "plugin", "suite", "watch"),
+        *("allocator_fuzzing", "lockstep"),
+    },
     "mutants": {"__init__"},
 }
 

@@ -22,6 +22,38 @@ namespace kvspec::bindings {
 
 namespace nb = nanobind;
 
+// torch's exchange functions.  Through `__dlpack__` and `from_dlpack`, which are Python, each
+// tensor costs several microseconds more.
+struct Torch {
+  nb::handle tensor_type;
+  nb::handle to_capsule;
+  nb::handle from_capsule;
+
+  // Found at the first use, which is when torch is there, and kept for the life of the process.
+  static const Torch& get() {
+    static const Torch torch{kept("torch", "Tensor"), kept("torch._C", "_to_dlpack"),
+                             kept("torch._C", "_from_dlpack")};
+    return torch;
+  }
+
+ private:
+  static nb::handle kept(const char* module, const char* name) {
+    return nb::object(nb::module_::import_(module).attr(name)).release();
+  }
+};
+
+using Array = nb::ndarray<nb::ro>;
+
+// Reads the memory of a tensor, an array or a buffer; false for what has none.
+inline bool read_memory(nb::handle given, Array& array) {
+  if (!given.type().is(Torch::get().tensor_type)) return nb::try_cast(given, array);
+  try {
+    return nb::try_cast(Torch::get().to_capsule(given), array);
+  } catch (const nb::python_error&) {  // a tensor without plain memory
+    return false;
+  }
+}
+
 // The integers of a list, any other sequence, a buffer or a CPU tensor, in one dimension.  Memory
 // of 64-bit integers without gaps is read in place, everything else is copied; a Python integer of
 // more than 64 bits becomes the nearest of 64, which no pool has either.
@@ -31,7 +63,7 @@ class Integers {
   Integers(nb::handle given, const char* clause) {
     if (PyList_Check(given.ptr()) || PyTuple_Check(given.ptr())) {
       copy_sequence(given, clause);
-    } else if (Array array; nb::try_cast(given, array)) {
+    } else if (Array array; read_memory(given, array)) {
       take_array(array, given, clause);
     } else {
       copy_iterable(given, clause);
@@ -44,8 +76,6 @@ class Integers {
   operator std::span<const std::int64_t>() const noexcept { return span_; }
 
  private:
-  using Array = nb::ndarray<nb::ro>;
-
   static bool is_tensor(nb::handle given) {
     return nb::hasattr(given, "is_floating_point") && nb::hasattr(given, "device");
   }
@@ -149,8 +179,8 @@ inline nb::object tensor(Slots slots) {
   const nb::capsule owner(kept.get(), [](void* data) noexcept {
     delete[] static_cast<std::int64_t*>(data);
   });
-  using Tensor = nb::ndarray<nb::pytorch, std::int64_t, nb::ndim<1>, nb::device::cpu>;
-  return nb::cast(Tensor(kept.release(), {count}, owner));
+  using Memory = nb::ndarray<std::int64_t, nb::ndim<1>, nb::device::cpu>;
+  return Torch::get().from_capsule(nb::cast(Memory(kept.release(), {count}, owner)));
 }
 
 // The same, of a copy of any integers.

@@ -5,7 +5,6 @@
 
 namespace nb = nanobind;
 
-void bind_observer(nb::module_& m);
 void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
 void bind_request_pool(nb::module_& m);
@@ -24,7 +23,6 @@ NB_MODULE(_core, m) {
 
   m.attr("__version__") = KVSPEC_VERSION;
   m.def("cuda_at_build", [] { return static_cast<bool>(KVSPEC_HAS_CUDA); });
-  bind_observer(m);
   bind_slot_allocator(m);
   bind_page_allocator(m);
   bind_request_pool(m);

@@ -34,6 +34,3 @@ Observer python_observer(nb::handle callable) noexcept {
 }
 
 }  // namespace kvspec::bindings
-
-// An observer is any callable, so there is no type to bind.
-void bind_observer(nb::module_&) {}

@@ -30,11 +30,10 @@ using kvspec::RadixHandle;
 using kvspec::RadixReceipt;
 using kvspec::RadixTree;
 using kvspec::Token;
+using kvspec::bindings::Array;
 using kvspec::bindings::Integers;
 
 namespace {
-
-using Array = nb::ndarray<nb::ro>;
 
 // The tokens of a key (KEY-1).  Memory of 32-bit integers without gaps is read in place; 64-bit
 // integers and lists are copied; anything else, and every refusal, is kvspec.prefix_key's.
@@ -70,7 +69,7 @@ class Tokens {
   // Whether it is memory that needs no more than copying.
   bool read(nb::handle given) {
     Array array;
-    if (!nb::try_cast(given, array) || array.ndim() != 1) return false;
+    if (!kvspec::bindings::read_memory(given, array) || array.ndim() != 1) return false;
     if (array.device_type() != nb::device::cpu::value) return false;
     const bool in_a_row = array.shape(0) < 2 || array.stride(0) == 1;
     if (array.dtype() == nb::dtype<Token>() && in_a_row) {

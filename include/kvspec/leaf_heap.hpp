@@ -1,13 +1,13 @@
-// The queue of evictable leaves: a 4-ary heap, smallest key first.  Spec: RADIX-13, RADIX-15.
-//
-// An entry carries the key its node had when it was pushed, and a stamp.  The owner finds out at
-// the top whether an entry still speaks for its node, so a change of a node costs nothing here.
+// The evictable leaves, smallest key first: a 4-ary heap that knows where each node is.  Spec:
+// RADIX-13, RADIX-15.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "kvspec/child_table.hpp"
 
 namespace kvspec {
 
@@ -27,63 +27,77 @@ class LeafHeap {
   struct Entry {
     LeafKey key;
     std::uint32_t node;
-    std::uint32_t stamp;
   };
 
-  bool empty() const noexcept { return entries_.empty(); }
-  std::size_t count() const noexcept { return entries_.size(); }
-  const Entry& top() const noexcept { return entries_.front(); }
+  // The entry with the smallest key first; the rest in heap order.
   const std::vector<Entry>& entries() const noexcept { return entries_; }
   // Entries moved by all operations so far.
   std::uint64_t move_count() const noexcept { return move_count_; }
 
-  void reserve(std::size_t count) { entries_.reserve(count); }
-  bool full() const noexcept { return entries_.size() == entries_.capacity(); }
-  void clear() noexcept { entries_.clear(); }
-
-  // REQUIRES: not full.  O(log n).
-  void push(const Entry& entry) noexcept {
-    entries_.push_back(entry);
-    rise(entries_.size() - 1, entry);
+  // Room for the nodes [0, count).  Amortised O(1) each.
+  void reserve(std::size_t count) {
+    if (count <= places_.size()) return;
+    entries_.reserve(count);
+    places_.resize(count, kNone);
   }
 
-  // REQUIRES: not empty.  O(log n).
-  void pop() noexcept {
+  bool contains(std::uint32_t node) const noexcept { return places_[node] != kNone; }
+
+  // Adds a node or gives it another key.  REQUIRES: reserve().  O(log n).
+  void set(std::uint32_t node, const LeafKey& key) noexcept {
+    if (!contains(node)) {
+      entries_.push_back({key, node});
+      rise(entries_.size() - 1, {key, node});
+    } else if (key < entries_[places_[node]].key) {
+      rise(places_[node], {key, node});
+    } else {
+      sink(places_[node], {key, node});
+    }
+  }
+
+  // REQUIRES: contains(node).  O(log n).
+  void erase(std::uint32_t node) noexcept {
+    const std::uint32_t hole = places_[node];
     const Entry last = entries_.back();
     entries_.pop_back();
-    if (!entries_.empty()) sink(0, last);
+    places_[node] = kNone;
+    if (last.node == node) return;
+    const bool smaller = hole > 0 && last.key < entries_[(hole - 1) / kArity].key;
+    smaller ? rise(hole, last) : sink(hole, last);
   }
 
-  // Gives the top entry another key.  REQUIRES: not empty.  O(log n).
-  void change_top(const LeafKey& key) noexcept {
-    Entry entry = entries_.front();
-    entry.key = key;
-    sink(0, entry);
+  void clear() noexcept {
+    entries_.clear();
+    std::fill(places_.begin(), places_.end(), kNone);
   }
 
-  // Drops every entry for which `stale` holds.  O(n).
-  template <class Stale>
-  void drop(Stale stale) noexcept {
-    std::erase_if(entries_, stale);
-    for (std::size_t at = entries_.size() / kArity + 1; at-- > 0;) {
-      if (at < entries_.size()) sink(at, Entry(entries_[at]));
+  // Whether keys and places are in order.  O(n).
+  bool is_sound() const noexcept {
+    for (std::size_t at = 0; at < entries_.size(); ++at) {
+      if (entries_[at].node >= places_.size() || places_[entries_[at].node] != at) return false;
+      if (at > 0 && entries_[at].key < entries_[(at - 1) / kArity].key) return false;
     }
+    return true;
   }
 
  private:
   static constexpr std::size_t kArity = 4;
+
+  void put(std::size_t at, const Entry& entry) noexcept {
+    entries_[at] = entry;
+    places_[entry.node] = static_cast<std::uint32_t>(at);
+    ++move_count_;
+  }
 
   // Moves the hole at `at` up to where `entry` belongs, and fills it.
   void rise(std::size_t at, const Entry& entry) noexcept {
     while (at > 0) {
       const std::size_t parent = (at - 1) / kArity;
       if (!(entry.key < entries_[parent].key)) break;
-      entries_[at] = entries_[parent];
+      put(at, entries_[parent]);
       at = parent;
-      ++move_count_;
     }
-    entries_[at] = entry;
-    ++move_count_;
+    put(at, entry);
   }
 
   // Moves the hole at `at` down to where `entry` belongs, and fills it.
@@ -96,15 +110,14 @@ class LeafHeap {
         if (entries_[other].key < entries_[least].key) least = other;
       }
       if (!(entries_[least].key < entry.key)) break;
-      entries_[at] = entries_[least];
+      put(at, entries_[least]);
       at = least;
-      ++move_count_;
     }
-    entries_[at] = entry;
-    ++move_count_;
+    put(at, entry);
   }
 
   std::vector<Entry> entries_;
+  std::vector<std::uint32_t> places_;  // by node: where its entry is, or kNone
   std::uint64_t move_count_ = 0;
 };
 

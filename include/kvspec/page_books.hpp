@@ -142,8 +142,7 @@ class PageBooks {
   friend struct PlantedFault;  // tests/cpp: books are broken there to see check() find it
 
   bool contains(std::int64_t page) const noexcept;
-  void name_pages(std::span<const std::int64_t> slots);
-  void unname() noexcept;
+  std::span<PageId> name_pages(std::span<const std::int64_t> slots);
   void set_state(std::span<const PageId> pages, State place) noexcept;
   [[noreturn]] void refuse_free(std::int64_t page, bool twice) const;
   void put_back(std::span<const PageId> pages) noexcept;
@@ -161,8 +160,9 @@ class PageBooks {
   PageRing free_;              // front is handed out next; behind it, the pages of this epoch
   PageRing release_;           // empty unless need_sort_
   std::vector<PageId> pending_;  // empty unless group_; capacity P
-  std::vector<PageId> named_;    // pages of the call at hand, empty between calls; capacity P
   std::vector<State> state_;   // by page; state_[0] is the sink
+
+  std::unique_ptr<PageId[]> scratch_;  // room for P pages during one call
 
   std::shared_ptr<const char> identity_;  // tells tickets of this allocator from others
   std::uint64_t epoch_ = 0;

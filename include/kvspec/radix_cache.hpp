@@ -48,7 +48,7 @@ class RadixTree {
   std::int32_t page_size() const noexcept { return page_size_; }
 
   // The longest resident prefix, made most recent and counted as a hit (RADIX-1, RADIX-3).
-  // O(tokens compared), amortised.
+  // O(tokens compared), amortised, and O(log leaves) if it ends in a leaf.
   RadixMatch match(std::string_view space, std::span<const Token> tokens);
   // The same without a handle, changing nothing (RADIX-3).
   RadixMatch peek(std::string_view space, std::span<const Token> tokens) const;
@@ -71,7 +71,8 @@ class RadixTree {
   // made (CACHE-7).  Throws nothing else.  O(nodes on the path).
   RadixHandle commit_insert(InsertPlan plan, std::int64_t priority);
 
-  // Locks every page of the path (CACHE-11).  REQUIRES: live handle (CACHE-13).  O(nodes on it).
+  // Locks every page of the path (CACHE-11).  REQUIRES: live handle (CACHE-13).  O(nodes on it),
+  // and O(log leaves) for a leaf.
   RadixReceipt lock(const RadixHandle& handle);
   // Undoes that lock, or the oldest open one of the node; the tokens that became evictable
   // (CACHE-12).  REQUIRES: open (CACHE-13).  O(nodes on the path).
@@ -118,43 +119,15 @@ class RadixTree {
   using Node = RadixNode;
   using NodeIndex = std::uint32_t;
 
-  // Where a key leaves the tree: `offset` pages of `node` matched, and `page_count` in all.
-  struct Walk {
-    NodeIndex node;
-    std::uint32_t offset;
-    std::size_t page_count;
-  };
-  struct Conflict {
-    PageId page;
-    std::size_t index;
-    bool twice;  // or the tree holds it at another place, or it is no page that can be held
-  };
-  struct Receipt {
-    std::uint64_t id;  // 0 when closed; otherwise unique in this tree, ascending
-    NodeIndex node;
-    std::uint32_t next;  // of the same node, or of the free ones
-    std::uint32_t previous;
-  };
-  struct Victim {
-    NodeIndex node;
-    std::uint32_t page_count;     // evicted, from its end
-    std::uint64_t incarnation;    // before
-  };
-  struct Ranks {
-    std::vector<std::uint64_t> last;  // the distinct ticks, ascending
-    std::vector<std::uint64_t> born;
-  };
-  enum class Policy : std::uint8_t { lru, lfu, fifo, mru, filo, slru, priority };
-
-  Walk walk(NodeIndex root, std::span<const Token> tokens) const;
+  RadixWalk walk(NodeIndex root, std::span<const Token> tokens) const;
   NodeIndex find_child(NodeIndex parent, std::uint32_t hash, const Token* page) const;
   std::uint32_t hash_page(NodeIndex parent, const Token* page) const noexcept;
   NodeIndex find_root(std::string_view space) const;
   bool is_current(const RadixHandle& handle) const noexcept;
   bool is_open(const RadixReceipt& receipt) const noexcept;
   RadixHandle handle_of(NodeIndex node, std::string space) const noexcept;
-  Slots matched_slots(const Walk& at) const;
-  void copy_pages(const Walk& at, std::span<PageId> out) const noexcept;
+  Slots matched_slots(const RadixWalk& at) const;
+  void copy_pages(const RadixWalk& at, std::span<PageId> out) const noexcept;
 
   void reserve(std::size_t node_count);
   NodeIndex take_node(NodeIndex parent) noexcept;
@@ -166,12 +139,12 @@ class RadixTree {
   NodeIndex split(NodeIndex node, RadixBuffer upper) noexcept;
   void shrink(Node& node) const noexcept;
   void touch(NodeIndex end, std::int64_t added_hits, std::int64_t least_priority) noexcept;
-  InsertPlan compare(const Walk& at, std::vector<PageId> pages, std::size_t token_count) const;
-  std::optional<Conflict> find_conflict(const InsertPlan& plan);
-  [[noreturn]] static void refuse_conflict(const Conflict& conflict);
-  void require_lock(const InsertPlan& plan, const Walk& at, std::int64_t protected_count,
+  InsertPlan compare(const RadixWalk& at, std::vector<PageId> pages, std::size_t token_count) const;
+  std::optional<RadixConflict> find_conflict(const InsertPlan& plan);
+  [[noreturn]] static void refuse_conflict(const RadixConflict& conflict);
+  void require_lock(const InsertPlan& plan, const RadixWalk& at, std::int64_t protected_count,
                     const RadixReceipt* receipt) const;
-  void prepare(InsertPlan& plan, const Walk& at, std::string_view space,
+  void prepare(InsertPlan& plan, const RadixWalk& at, std::string_view space,
                std::span<const Token> tokens);
 
   std::uint32_t open_receipt(NodeIndex node) noexcept;
@@ -180,8 +153,7 @@ class RadixTree {
   std::int64_t remove_lock(NodeIndex node) noexcept;
 
   LeafKey key_of(const Node& node) const noexcept;
-  void queue_if_evictable(NodeIndex index) noexcept;
-  NodeIndex next_victim() noexcept;
+  void requeue(NodeIndex index) noexcept;
   void take(NodeIndex victim, std::uint32_t page_count, std::vector<PageId>& evicted);
   void prefetch_victims() const noexcept;
 
@@ -196,7 +168,7 @@ class RadixTree {
   RadixPath path_of(NodeIndex node) const;
   std::vector<NodeIndex> resident_nodes() const;
   std::vector<NodeIndex> locked_nodes() const;  // one per open receipt, oldest first
-  Ranks ranks() const;
+  RadixRanks ranks() const;
   std::vector<std::uint64_t> end_hashes() const;
   void check_links() const;
   void check_pages() const;
@@ -204,7 +176,7 @@ class RadixTree {
   void check_sizes() const;
 
   std::int32_t page_size_;
-  Policy policy_ = Policy::lru;
+  EvictionPolicy policy_ = EvictionPolicy::lru;
   bool whole_nodes_ = false;            // eviction granularity "node": a node's end is a cut
   std::shared_ptr<const char> self_;    // what a handle or receipt of this tree points to
   std::uint64_t epoch_ = 1;             // resets so far, plus one
@@ -216,13 +188,13 @@ class RadixTree {
   std::size_t free_node_count_ = 0;
   RadixSpaces spaces_;                  // roots by namespace; those in use, and the empty one
   ChildTable children_;                 // every resident node, by parent and first page
-  LeafHeap leaves_;                     // every evictable leaf, and entries out of date
+  LeafHeap leaves_;                     // every evictable leaf, and no other node
   PageSet resident_;
-  std::vector<Receipt> receipts_;
+  std::vector<RadixLock> receipts_;
   std::uint32_t free_receipt_ = kNone;
   std::size_t open_receipt_count_ = 0;
   std::uint64_t receipt_count_ = 0;     // ever
-  std::vector<Victim> victims_;         // of the last evict(), until it is committed
+  std::vector<RadixVictim> victims_;    // of the last evict(), until it is committed
   std::int64_t evictable_pages_ = 0;
   std::int64_t protected_pages_ = 0;
   std::int64_t leaves_evicted_ = 0;

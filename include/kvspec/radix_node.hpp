@@ -72,6 +72,10 @@ struct RadixCounters {
   std::int64_t leaves_evicted;
 };
 
+enum class EvictionPolicy : std::uint8_t { lru, lfu, fifo, mru, filo, slru, priority };
+
+// ---- parts of the tree ----
+
 // A run of pages and their tokens in one allocation: page_count page ids, then the tokens.
 struct RadixBuffer {
   std::unique_ptr<std::int32_t[]> data;
@@ -89,7 +93,6 @@ struct alignas(64) RadixNode {
   std::uint32_t hash = 0;          // of the parent and the first page
   std::uint32_t child_count = 0;
   std::uint32_t lock_count = 0;
-  std::uint32_t stamp = 0;         // odd: in the leaf heap, in the entry with this stamp
   std::uint64_t last = 0;
   std::uint64_t incarnation = 0;   // 0: evicted or free; otherwise unique in the tree
   std::int64_t hits = 0;
@@ -101,6 +104,42 @@ struct alignas(64) RadixNode {
   std::uint32_t last_receipt = kNone;
 };
 
+// Where a key leaves the tree: `offset` pages of `node` matched, and `page_count` in all.
+struct RadixWalk {
+  std::uint32_t node;  // kNone: the namespace has no root
+  std::uint32_t offset;
+  std::size_t page_count;
+};
+
+// A page that the tree may not take.
+struct RadixConflict {
+  PageId page;
+  std::size_t index;
+  bool twice;  // or the tree holds it at another place, or it is no page that can be held
+};
+
+// An open receipt's side of the tree, or a free place for one.
+struct RadixLock {
+  std::uint64_t id;  // 0 when closed; otherwise unique in the tree, ascending
+  std::uint32_t node;
+  std::uint32_t next;  // of the same node, or of the free ones
+  std::uint32_t previous;
+};
+
+// What an eviction took from a leaf's end.
+struct RadixVictim {
+  std::uint32_t node;
+  std::uint32_t page_count;
+  std::uint64_t incarnation;  // before
+};
+
+// The distinct ticks of resident pages, ascending.
+struct RadixRanks {
+  std::vector<std::uint64_t> last;
+  std::vector<std::uint64_t> born;
+};
+
+// Roots by the name of their namespace.
 using RadixSpaces = std::map<std::string, std::uint32_t, std::less<>>;
 
 // What an insert will do.  Dropping it does nothing.

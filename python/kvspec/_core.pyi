@@ -4,7 +4,7 @@ import kvspec.interfaces.slot_allocator
 import torch
 
 
-cuda_at_build: bool = True
+def cuda_at_build() -> bool: ...
 
 class Ticket:
     """Worth one restore_state."""

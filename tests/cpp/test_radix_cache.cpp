@@ -6,13 +6,13 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "check.hpp"
 #include "kvspec/contract.hpp"
 #include "kvspec/radix_cache.hpp"
+#include "radix_model.hpp"
 
 namespace kvspec {
 
@@ -35,124 +35,13 @@ struct RadixTreeTestAccess {
 namespace {
 
 using Access = RadixTreeTestAccess;
-using Tokens = std::vector<Token>;
-using Pages = std::vector<PageId>;
-using Key = std::pair<std::string, Tokens>;
+using test::Key;
+using test::Model;
+using test::ModelPage;
+using test::Pages;
+using test::Tokens;
 
 constexpr std::array kPolicies = {"lru", "lfu", "fifo", "mru", "filo", "slru", "priority"};
-
-// ---- the model: one entry per page ----
-
-struct ModelPage {
-  PageId page = 0;
-  int locks = 0;
-  std::uint64_t last = 0;
-  std::uint64_t born = 0;
-  std::int64_t hits = 0;
-  std::int64_t priority = 0;
-  bool cut = false;
-  int incarnation = 0;
-
-  friend bool operator==(const ModelPage&, const ModelPage&) = default;
-};
-
-class Model {
- public:
-  Model(std::size_t page_size, std::string policy, bool whole_nodes)
-      : page_size_(page_size), policy_(std::move(policy)), whole_nodes_(whole_nodes) {}
-
-  std::map<Key, ModelPage> trie;
-
-  Key prefix(const Key& key, std::size_t page_count) const {
-    const auto stop = static_cast<std::ptrdiff_t>(page_count * page_size_);
-    return {key.first, Tokens(key.second.begin(), key.second.begin() + stop)};
-  }
-
-  std::size_t resident_count(const Key& key) const {
-    std::size_t count = 0;
-    while ((count + 1) * page_size_ <= key.second.size() && trie.contains(prefix(key, count + 1))) {
-      ++count;
-    }
-    return count;
-  }
-
-  std::size_t match(const Key& key) {
-    const std::size_t count = resident_count(key);
-    ++tick_;
-    for (std::size_t at = 1; at <= count; ++at) {
-      ModelPage& page = trie[prefix(key, at)];
-      page.last = tick_;
-      ++page.hits;
-      page.cut = page.cut || (whole_nodes_ && at == count);
-    }
-    return count;
-  }
-
-  void insert(const Key& key, const Pages& pages, std::int64_t priority) {
-    const std::size_t known = resident_count(key);
-    ++tick_;
-    for (std::size_t at = 1; at <= pages.size(); ++at) {
-      const bool fresh = at > known;
-      ModelPage& page = trie[prefix(key, at)];
-      if (fresh) page = {pages[at - 1], 0, 0, tick_, 0, priority, false, ++incarnation_};
-      page.last = tick_;
-      page.priority = std::max(page.priority, priority);
-      page.cut = page.cut || (whole_nodes_ && (at == known || at == pages.size()));
-    }
-  }
-
-  void lock(const Key& key, int by) {
-    for (std::size_t at = 1; at * page_size_ <= key.second.size(); ++at) {
-      trie[prefix(key, at)].locks += by;
-    }
-  }
-
-  bool is_leaf(const Key& key) const {
-    const auto next = std::next(trie.find(key));
-    if (next == trie.end() || next->first.first != key.first) return true;
-    const Tokens& longer = next->first.second;
-    return longer.size() <= key.second.size() ||
-           !std::equal(key.second.begin(), key.second.end(), longer.begin());
-  }
-
-  Pages evict(std::int64_t token_count) {
-    Pages evicted;
-    while (static_cast<std::int64_t>(evicted.size() * page_size_) < token_count) {
-      const Key* victim = nullptr;
-      for (const auto& [key, page] : trie) {
-        if (page.locks > 0 || !is_leaf(key)) continue;
-        if (victim == nullptr || order(page) < order(trie[*victim])) victim = &key;
-      }
-      if (victim == nullptr) break;
-      Key key = *victim;
-      do {
-        evicted.push_back(trie[key].page);
-        trie.erase(key);
-        key = prefix(key, key.second.size() / page_size_ - 1);
-      } while (whole_nodes_ && !key.second.empty() && !trie[key].cut);
-    }
-    return evicted;
-  }
-
- private:
-  std::tuple<std::int64_t, std::uint64_t, std::uint64_t> order(const ModelPage& page) const {
-    const auto last = static_cast<std::int64_t>(page.last);
-    const auto born = static_cast<std::int64_t>(page.born);
-    if (policy_ == "lru") return {last, 0, page.born};
-    if (policy_ == "mru") return {-last, 0, page.born};
-    if (policy_ == "fifo") return {born, 0, page.born};
-    if (policy_ == "filo") return {-born, 0, page.born};
-    if (policy_ == "lfu") return {page.hits, page.last, page.born};
-    if (policy_ == "slru") return {page.hits >= 1 ? 1 : 0, page.last, page.born};
-    return {page.priority, page.last, page.born};
-  }
-
-  std::size_t page_size_;
-  std::string policy_;
-  bool whole_nodes_;
-  std::uint64_t tick_ = 0;
-  int incarnation_ = 0;
-};
 
 // ---- what can be seen of a tree ----
 
@@ -442,6 +331,38 @@ TEST(insert_survives_every_failed_allocation) {
   CHECK(count >= 80);
 }
 
+TEST(row_of_a_request_survives_every_failed_allocation) {
+  const auto cache_row = [](RadixTree& tree) {
+    const std::vector<std::int64_t> row = {2, 3, 4, 5, 82, 83, 84};
+    (void)tree.commit_insert(tree.plan_row("", Tokens{1, 1, 2, 2, 4, 4}, row, 0, nullptr), 0);
+  };
+  CHECK(survives(cache_row) >= 5);
+}
+
+TEST(row_that_is_not_as_its_lock_says_is_refused) {
+  const Tree tree = grown();
+  const RadixReceipt receipt = tree->lock(*tree->match("", Tokens{1, 1, 2, 2}).node);
+  const Seen before = see(*tree);
+  const auto refused = [&](const char* text, const std::vector<std::int64_t>& row,
+                           std::int64_t protected_count, const RadixReceipt* held) {
+    const Tokens tokens = {1, 1, 2, 2, 9, 9};
+    CHECK(test::throws<ContractError>(
+        text, [&] { (void)tree->plan_row("", tokens, row, protected_count, held); }));
+    CHECK(see(*tree) == before);
+  };
+  refused("CACHE-5: slot 6 at position 3 is not in its place", {2, 3, 4, 6, 82, 83}, 4, &receipt);
+  refused("CACHE-5: 4 tokens are protected without a receipt", {2, 3, 4, 5, 82, 83}, 4, nullptr);
+  refused("CACHE-5: the lock covers 4 tokens, but 2 are", {2, 3, 4, 5, 82, 83}, 2, &receipt);
+  refused("CACHE-5: row[0 : 4) is not what the lock", {2, 3, 90, 91, 82, 83}, 4, &receipt);
+  refused("CACHE-5: page 41 is twice", {2, 3, 4, 5, 82, 83, 82, 83}, 4, &receipt);
+  refused("CACHE-5: page 6 beyond the whole ones", {2, 3, 4, 5, 82, 83, 12, 13}, 4, &receipt);
+  refused("CACHE-10: page 6 is already in the tree", {2, 3, 4, 5, 12, 13}, 4, &receipt);
+  (void)tree->unlock(receipt);
+  CHECK(test::throws<ContractError>("CACHE-5: the lock_receipt is not open", [&] {
+    (void)tree->plan_row("", Tokens{1, 1}, std::vector<std::int64_t>{2, 3}, 2, &receipt);
+  }));
+}
+
 TEST(evict_survives_every_failed_allocation) {
   for (const char* granularity : {"page", "node"}) {
     CHECK(survives([](RadixTree& tree) { (void)tree.evict(7); }, granularity) >= 3);
@@ -564,6 +485,7 @@ TEST(check_names_the_clause_that_is_broken) {
   finds("RADIX-7", [](RadixTree& tree) { ++Access::evictable_pages(tree); });
   finds("RADIX-7", [](RadixTree& tree) { --Access::protected_pages(tree); });
   finds("RADIX-7", [](RadixTree& tree) { Access::forget_leaves(tree); });
+  finds("RADIX-7", [](RadixTree& tree) { ++Access::node(tree, 3).last; });
 }
 
 // ---- cost ----
@@ -582,6 +504,17 @@ TEST(evict_moves_a_logarithm_of_heap_entries) {
       CHECK(tree.counters().leaves_evicted == leaf_count);
     }
   }
+}
+
+TEST(evict_of_one_leaf_is_cheap_after_every_leaf_was_touched) {
+  RadixTree tree(1, "lru", "page");
+  for (Token leaf = 0; leaf < 4096; ++leaf) insert(tree, {leaf}, {leaf + 1});
+  for (Token leaf = 0; leaf < 4096; ++leaf) {
+    (void)tree.match("", Tokens{leaf * 1597 % 4096});
+  }
+  const std::int64_t before = tree.counters().heap_moves;
+  CHECK(pages_in(tree.evict(1), 1) == Pages{1});
+  CHECK(tree.counters().heap_moves - before <= 7);  // the levels of the heap
 }
 
 TEST(match_compares_each_token_once) {

@@ -16,7 +16,7 @@ from kvspec.oracle.slot_allocator import Ticket
 registry = Registry(PageAllocatorConformance, oracle)
 
 
-@registry.mutant("PAGE-1", "PAGE-11", reports=("INV-005",))
+@registry.mutant("PAGE-1", "PAGE-9", "PAGE-11", reports=("INV-005",))
 class LosesTheLastOfThree(PagedTokenToKVPoolAllocator):
     """A freed page that goes nowhere: a leak."""
 
@@ -68,7 +68,7 @@ class MergesWhenItRefuses(PagedTokenToKVPoolAllocator):
         return taken
 
 
-@registry.mutant("PAGE-4", "PAGE-1", "PAGE-11", reports=("SG-33794",))
+@registry.mutant("PAGE-4", "PAGE-1", "PAGE-6", "PAGE-11", reports=("SG-33794"))
 class CountsTokensNotPages(PagedTokenToKVPoolAllocator):
     """Takes what there is when the tokens would fit, and gives the rest of the batch the sink."""
 
@@ -106,7 +106,7 @@ class LeavesASlotOut(PagedTokenToKVPoolAllocator):
         return [slot + 1 if prefixes[0] % self.page_size else slot for slot in slots]
 
 
-@registry.mutant("PAGE-6", "PAGE-7")
+@registry.mutant("PAGE-6", "PAGE-7", "PAGE-16")
 class GivesPagesFromTheLastRequestOn(PagedTokenToKVPoolAllocator):
     def _place(
         self, prefixes: list[int], lengths: list[int], last: list[int], pages: list[int]

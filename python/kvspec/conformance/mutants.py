@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
-from kvspec.conformance.suite import Conformance, short_fuzzing
+from kvspec.conformance.suite import MUTANT, Conformance, short_fuzzing
 from kvspec.errors import ContractError
 
 __all__ = ["Mutant", "Outcome", "Registry", "assert_killed", "run_suite"]
@@ -59,7 +59,7 @@ class Registry:
     def namespace(self, mutant: Mutant) -> SimpleNamespace:
         """The oracle with the mutant in its place."""
         names = {name: getattr(self.oracle, name) for name in self.oracle.__all__}
-        return SimpleNamespace(**{**names, mutant.replaces: mutant.broken, "__name__": "mutant"})
+        return SimpleNamespace(**{**names, mutant.replaces: mutant.broken, "__name__": MUTANT})
 
 
 def _marks(test: Callable[..., Any], name: str) -> list[pytest.Mark]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvspec.conformance import clause
-from kvspec.conformance.slot_allocator import numbers, refused
+from kvspec.conformance.allocator_fuzzing import numbers, refused
 from kvspec.conformance.suite import Conformance
 from kvspec.interfaces.observer import Operation
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator

@@ -4,21 +4,12 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis.stateful import rule
 
 from kvspec.conformance import clause
-from kvspec.conformance.slot_allocator import (
-    NOT_SLOTS,
-    SORTED,
-    AllocatorMachine,
-    ends_of_a_ticket,
-    numbers,
-    refused,
-    run_machine,
-)
+from kvspec.conformance.allocator_fuzzing import PageMachine, numbers, refused, run_machine
+from kvspec.conformance.slot_allocator import NOT_SLOTS, SORTED, ends_of_a_ticket
 from kvspec.conformance.suite import Conformance
 from kvspec.errors import ContractError
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
@@ -578,47 +569,3 @@ def _pages_moved(subject: Any) -> int:
     subject.free_group_end()
     moved: int = subject.counters()["pages_moved"]
     return moved
-
-
-class PageMachine(AllocatorMachine):
-    """The allocator's fuzzer, with requests that grow."""
-
-    def grow(self, data: st.DataObject, most: int) -> tuple[list[int], list[int], list[int]]:
-        """A batch: new requests, and some that continue pages held; each page once."""
-        prefixes, lengths, last = [], [], []
-        for page in self.some(data, "continued") if self.held else []:
-            offset = data.draw(st.integers(0, self.page_size - 1), label="offset")
-            before = data.draw(st.integers(0, 2), label="pages before") * self.page_size
-            prefixes.append(before + offset + 1)
-            last.append(page * self.page_size + offset)
-        for _ in range(data.draw(st.integers(0, 2), label="new requests")):
-            prefixes.append(0)
-            last.append(-1)
-        lengths = [prefix + data.draw(st.integers(1, most), label="new") for prefix in prefixes]
-        return prefixes, lengths, last
-
-    def new_pages(self, prefixes: list[int], lengths: list[int]) -> int:
-        pages = [-(-length // self.page_size) for length in lengths]
-        return sum(pages) - sum(-(-prefix // self.page_size) for prefix in prefixes)
-
-    @rule(data=st.data())
-    def extend(self, data: st.DataObject) -> None:
-        prefixes, lengths, last = self.grow(data, most=2 * self.page_size)
-        tokens = sum(lengths) - sum(prefixes)
-        slots = self.subject.alloc_extend(prefixes, lengths, last, tokens)
-        assert slots is None or len(slots) == tokens
-        self.taken(slots, self.new_pages(prefixes, lengths))
-
-    @rule(data=st.data())
-    def decode(self, data: st.DataObject) -> None:
-        prefixes, lengths, last = self.grow(data, most=1)
-        slots = self.subject.alloc_decode(lengths, last)
-        assert slots is None or len(slots) == len(lengths)
-        self.taken(slots, self.new_pages(prefixes, lengths))
-
-    @rule(data=st.data())
-    def bad_decode(self, data: st.DataObject) -> None:
-        others = sorted(set(range(-1, self.page_count + 2)) - self.held)
-        page = data.draw(st.sampled_from(others), label="page")
-        with pytest.raises(ContractError):
-            self.subject.alloc_decode([1, 2], [-1, page * self.page_size])

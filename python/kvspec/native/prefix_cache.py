@@ -263,16 +263,16 @@ class PrefixCache:
         except ContractError:
             raise ContractError(f"{self.row_clause}: row {req.req_pool_idx} is not live") from None
         committed = _length(tokens)
-        if len(slots) < committed:
+        if slots.numel() < committed:
             raise ContractError(
-                f"{self.row_clause}: row {req.req_pool_idx} holds {len(slots)} slots,"
+                f"{self.row_clause}: row {req.req_pool_idx} holds {slots.numel()} slots,"
                 f" but {committed} are committed"
             )
         return RequestRow(slots, tokens, committed)
 
     def _give_back(self, slots: Tensor) -> None:
         """Give slots back in one `free` (CACHE-6)."""
-        if self.token_to_kv_pool_allocator is not None and len(slots):
+        if self.token_to_kv_pool_allocator is not None and slots.numel():
             self.token_to_kv_pool_allocator.free(slots)
 
     def _in_order(self, slots: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class RadixCache(PrefixCache):
         slots = self._tree.resident_slots()
         self._give_back(slots)
         self._tree.reset()
-        if len(slots):
+        if slots.numel():
             self._report("reset", slots)
 
     # Match and insert
@@ -108,7 +108,7 @@ class RadixCache(PrefixCache):
     @changing
     def _cache_finished_req(self, req: Req) -> None:
         row, plan = self._plan(req, finished_tokens(req))
-        allocated, beyond = len(row.slots), plan.whole_len
+        allocated, beyond = row.slots.numel(), plan.whole_len
         moved = plan.own_slots(req.cache_protected_len, allocated) if self._observer else None
         returned = plan.duplicate_slots()
         if beyond < allocated:
@@ -134,7 +134,7 @@ class RadixCache(PrefixCache):
         start, stop = req.cache_protected_len, plan.whole_len
         moved = plan.own_slots(start, stop) if self._observer else None
         returned = plan.duplicate_slots()
-        if len(returned):
+        if returned.numel():
             self._exchange(req, row.slots, plan.tree_slots(start), returned)
         node = self._tree.commit_insert(plan, 0)
         receipt = self._tree.lock(node)
@@ -165,7 +165,7 @@ class RadixCache(PrefixCache):
         """Put the tree's slots in the row, and give those they replace back (CACHE-2, CACHE-3)."""
         pool = cast(ReqToTokenPool, self.req_to_token_pool)  # the row came from it
         start = req.cache_protected_len
-        positions = slice(start, start + len(tree_slots))
+        positions = slice(start, start + tree_slots.numel())
         place = cast(int, req.req_pool_idx), positions
         before = row[positions].clone()
         pool.write(place, tree_slots)
@@ -178,12 +178,9 @@ class RadixCache(PrefixCache):
 
     # Eviction and locks
 
+    @changing
     def evict(self, num_tokens: int) -> int:
         """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""
-        return 0 if self.disable else self._evict(num_tokens)
-
-    @changing
-    def _evict(self, num_tokens: int) -> int:
         slots = self._tree.evict(num_tokens)
         try:
             self._give_back(slots)
@@ -191,9 +188,9 @@ class RadixCache(PrefixCache):
             self._tree.evict_undo()
             raise
         self._tree.evict_commit()
-        if len(slots):
+        if slots.numel():
             self._report("evict", slots)
-        return len(slots)
+        return slots.numel()
 
     def inc_lock_ref(self, node: interface.NodeHandle) -> interface.LockReceipt:
         """Keep the node's path from eviction (CACHE-11, CACHE-13). O(nodes on the path)."""
@@ -227,7 +224,7 @@ class RadixCache(PrefixCache):
         """Report the tokens at the end of a path whose lock changed (OBS-1)."""
         if self._observer is not None and isinstance(node, _core.NodeHandle):
             path = self._tree.path_slots(node)
-            self._report(name, path[len(path) - count :])
+            self._report(name, path[path.numel() - count :])
 
 
 class RadixCacheCpp(RadixCache):

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from kvspec.errors import ContractError
 
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
+
 
 def numbers(given: "Sequence[int] | Tensor | memoryview", clause: str) -> list[int]:
     """The integers of a list, buffer or CPU tensor of one dimension; ContractError otherwise."""
     if isinstance(given, Tensor):
         if given.device.type != "cpu":
             raise ContractError(f"{clause}: a tensor on {given.device} was given, use .cpu()")
-        if given.dim() != 1 or given.is_floating_point() or given.is_complex():
+        if given.dim() != 1 or given.dtype not in _INTEGERS:
             raise ContractError(
                 f"{clause}: a tensor of shape {list(given.shape)} and {given.dtype} was given,"
                 " not integers in one dimension"

@@ -233,10 +233,13 @@ class BasePrefixCache(Reporter):
         return [slot // size for slot in slots[::size]]
 
     def _give_back(self, pages: Sequence[int]) -> None:
-        """Give pages back in one `free`, in ascending order unless a page is a slot (CACHE-6)."""
+        """Give pages back in one `free` (CACHE-6)."""
         if pages and self.token_to_kv_pool_allocator is not None:
-            ordered = pages if self.page_size == 1 else sorted(pages)
-            self.token_to_kv_pool_allocator.free(tensor(self._slots_in(ordered)))
+            self.token_to_kv_pool_allocator.free(tensor(self._slots_in(self._in_order(pages))))
+
+    def _in_order(self, pages: Sequence[int]) -> list[int]:
+        """As they are given back: ascending, unless a page is a slot (RADIX-10)."""
+        return list(pages) if self.page_size == 1 else sorted(pages)
 
     def _slots_in(self, pages: Sequence[int]) -> list[int]:
         size = self.page_size

@@ -457,7 +457,7 @@ class RadixCache(BasePrefixCache):
         with self._changing("evict"):
             runs = self._victims(num_tokens)
             victims = [page for run in runs for page in run]
-            numbers = [page.number for page in victims]
+            numbers = self._in_order([page.number for page in victims])
             self._give_back(numbers)
             for page in victims:
                 del self._tree[page.before, page.tokens], self._held[page.number]

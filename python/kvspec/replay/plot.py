@@ -25,12 +25,12 @@ def plot_hit_rates(trace: Trace, runs: Sequence[Run], path: str | Path) -> None:
     for order, policy in enumerate(policies):
         points = sorted((run.capacity, run.hit_blocks) for run in runs if run.policy == policy)
         # Later curves are thinner, so that one that lies on another hides nothing.
-        width = 1.2 + 0.8 * (len(policies) - order)
+        width = 4 - 2.8 * order / len(policies)
         axes.plot(
             [capacity for capacity, _ in points],
             [hits / max(trace.blocks, 1) for _, hits in points],
             marker=_MARKERS[order % len(_MARKERS)],
-            markersize=4 + 1.5 * width,
+            markersize=4 + 2 * width,
             markerfacecolor="none",
             linewidth=width,
             alpha=0.85,
