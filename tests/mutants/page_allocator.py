@@ -68,7 +68,7 @@ class MergesWhenItRefuses(PagedTokenToKVPoolAllocator):
         return taken
 
 
-@registry.mutant("PAGE-4", "PAGE-1", "PAGE-6", "PAGE-11", reports=("SG-33794"))
+@registry.mutant("PAGE-4", "PAGE-1", "PAGE-6", "PAGE-11", reports=("SG-33794",))
 class CountsTokensNotPages(PagedTokenToKVPoolAllocator):
     """Takes what there is when the tokens would fit, and gives the rest of the batch the sink."""
 
