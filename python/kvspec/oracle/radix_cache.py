@@ -245,7 +245,8 @@ class RadixCache(BasePrefixCache):
         for index in range(len(pages)):
             here = slots[index * size : (index + 1) * size]
             number = here[0] // size
-            if list(here) != list(range(number * size, (number + 1) * size)):
+            in_order = list(here) == list(range(number * size, (number + 1) * size))
+            if not in_order or abs(here[0]) >= 2**31:
                 raise ContractError(f"CACHE-10: slots {list(here)} are not one page in order")
             if number < 1:
                 what = "the sink" if number == 0 else "negative"
