@@ -120,11 +120,11 @@ class ClampsToTheRow(oracle.ReqToTokenPool):
 
 @fault("REQ-8", reports=("VL-42273",))
 class SendsAPositionOnce(oracle.ReqToTokenPool):
-    _sent: frozenset[tuple[int, int]] = frozenset()
+    _known: frozenset[tuple[int, int]] = frozenset()
 
     def _send(self) -> int:
-        self._unsent -= self._sent
-        self._sent |= self._unsent
+        self._unsent -= self._known
+        self._known |= self._unsent
         return super()._send()
 
 
