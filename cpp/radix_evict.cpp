@@ -77,7 +77,7 @@ void RadixTree::take(NodeIndex index, std::uint32_t page_count, std::vector<Page
   }
 }
 
-Slots RadixTree::evict(std::int64_t token_count) {
+std::vector<PageId> RadixTree::evict(std::int64_t token_count) {
   if (token_count < 0) refuse("RADIX-12", "evict(" + std::to_string(token_count) + ")");
   evict_commit();
   std::int64_t wanted = token_count / page_size_ + (token_count % page_size_ != 0 ? 1 : 0);
@@ -94,9 +94,8 @@ Slots RadixTree::evict(std::int64_t token_count) {
     if (page_size_ > 1 && !std::is_sorted(evicted.begin(), evicted.end())) {
       std::sort(evicted.begin(), evicted.end());
     }
-    Slots slots = slots_of(evicted, page_size_);
     version_ += victims_.empty() ? 0 : 1;
-    return slots;
+    return evicted;
   } catch (...) {
     evict_undo();
     throw;

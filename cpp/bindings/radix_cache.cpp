@@ -115,6 +115,14 @@ nb::object slots(std::span<const PageId> pages, std::int32_t page_size) {
   return kvspec::bindings::tensor(kvspec::slots_of(pages, page_size));
 }
 
+kvspec::Slots first_slots(std::span<const PageId> pages, std::int32_t page_size) {
+  kvspec::Slots firsts(pages.size());
+  std::ranges::transform(pages, firsts.span().begin(), [page_size](PageId page) {
+    return static_cast<std::int64_t>(page) * page_size;
+  });
+  return firsts;
+}
+
 // A plan, and the page size that its positions are counted with.
 struct Plan : InsertPlan {
   Plan(InsertPlan plan, std::int32_t unit) : InsertPlan(std::move(plan)), page_size(unit) {}
@@ -276,10 +284,11 @@ void def_changes(nb::class_<RadixTree>& tree) {
       .def(
           "evict",
           [](RadixTree& self, std::int64_t num_tokens) {
-            return kvspec::bindings::tensor(self.evict(num_tokens));
+            kvspec::Slots firsts = first_slots(self.evict(num_tokens), self.page_size());
+            return kvspec::bindings::tensor(std::move(firsts));
           },
           "num_tokens"_a, nb::sig("def evict(self, num_tokens: int) -> torch.Tensor"),
-          "Slots evicted, in order (RADIX-8 to RADIX-13).")
+          "The first slot of each page evicted (RADIX-8 to RADIX-13).")
       .def("evict_commit", &RadixTree::evict_commit, "Let the last eviction's memory go.")
       .def("evict_undo", &RadixTree::evict_undo, "Take the last eviction back.")
       .def("reset", &RadixTree::reset, "Forget every page (CACHE-15, CACHE-16).");

@@ -81,11 +81,11 @@ class RadixTree {
   // The tokens of the path that an open receipt of this tree covers, else nullopt.
   std::optional<std::int64_t> locked_token_count(const RadixReceipt& receipt) const;
 
-  // Evicts at least token_count tokens or all that can be; their slots, at page size 1 in order of
+  // Evicts at least token_count tokens or all that can be; their pages, at page size 1 in order of
   // eviction, else ascending (RADIX-8 to RADIX-11, RADIX-13).  REQUIRES: token_count >= 0
   // (RADIX-12).  O(log n) a leaf, and a sort of the pages unless they are slots.  The victims'
   // memory is kept until evict_commit() or the next change.
-  Slots evict(std::int64_t token_count);
+  std::vector<PageId> evict(std::int64_t token_count);
   void evict_commit() noexcept;
   // Takes the last evict() back.  REQUIRES: nothing changed the tree since.  O(victims).
   void evict_undo() noexcept;

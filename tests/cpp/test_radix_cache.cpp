@@ -208,7 +208,7 @@ class History {
     }
     Pages evicted = model_.evict(count);
     if (page_size_ > 1) std::sort(evicted.begin(), evicted.end());
-    CHECK(pages_in(tree_.evict(count), page_size_) == evicted);
+    CHECK(tree_.evict(count) == evicted);
     if (draw(2) == 0) tree_.evict_commit();
   }
 
@@ -455,7 +455,7 @@ TEST(reset_is_refused_while_a_receipt_is_open) {
 TEST(trimmed_page_leaves_its_handle_stale_for_ever) {
   RadixTree tree(1, "lru", "page");
   const RadixHandle handle = insert(tree, {1, 2, 3}, {1, 2, 3});
-  CHECK(tree.evict(1).count() == 1);
+  CHECK(tree.evict(1).size() == 1);
   insert(tree, {1, 2, 3}, {1, 2, 4});
   CHECK(!tree.resolve(handle));
 }
@@ -498,7 +498,7 @@ TEST(evict_moves_a_logarithm_of_heap_entries) {
         insert(tree, {leaf * 7919 % 100003}, {leaf + 1});
       }
       const std::int64_t before = tree.counters().heap_moves;
-      CHECK(tree.evict(leaf_count).count() == static_cast<std::size_t>(leaf_count));
+      CHECK(tree.evict(leaf_count).size() == static_cast<std::size_t>(leaf_count));
       const std::int64_t levels = leaf_count == 1000 ? 6 : 8;  // of a 4-ary heap, and one more
       CHECK(tree.counters().heap_moves - before <= levels * leaf_count);
       CHECK(tree.counters().leaves_evicted == leaf_count);
@@ -513,7 +513,7 @@ TEST(evict_of_one_leaf_is_cheap_after_every_leaf_was_touched) {
     (void)tree.match("", Tokens{leaf * 1597 % 4096});
   }
   const std::int64_t before = tree.counters().heap_moves;
-  CHECK(pages_in(tree.evict(1), 1) == Pages{1});
+  CHECK(tree.evict(1) == Pages{1});
   CHECK(tree.counters().heap_moves - before <= 7);  // the levels of the heap
 }
 

@@ -181,16 +181,17 @@ class RadixCache(PrefixCache):
     @changing
     def evict(self, num_tokens: int) -> int:
         """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""
-        slots = self._tree.evict(num_tokens)
+        pages = self._tree.evict(num_tokens)  # one slot of each gives it back (PAGE-9)
         try:
-            self._give_back(slots)
+            self._give_back(pages)
         except BaseException:
             self._tree.evict_undo()
             raise
         self._tree.evict_commit()
-        if slots.numel():
-            self._report("evict", slots)
-        return slots.numel()
+        if pages.numel() and self._observer is not None:
+            whole = pages.unsqueeze(1) + torch.arange(self.page_size)
+            self._report("evict", whole.flatten())
+        return pages.numel() * self.page_size
 
     def inc_lock_ref(self, node: interface.NodeHandle) -> interface.LockReceipt:
         """Keep the node's path from eviction (CACHE-11, CACHE-13). O(nodes on the path)."""
