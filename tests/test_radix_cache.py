@@ -90,8 +90,10 @@ class Side:
         return self._and_take_back(self.system.cache.reset)
 
     def _and_take_back(self, call: Callable[[], object]) -> object:
-        """What was given back, and in which order; then the test has it in its hand again."""
-        result, frees = call(), list(self.system.allocator.frees)
+        """The pages given back, and in which order; then the test has them in its hand again."""
+        result, size = call(), self.system.page_size
+        given_back = self.system.allocator.frees
+        frees = [list(dict.fromkeys(slot // size for slot in slots)) for slots in given_back]
         self.system.allocator.frees.clear()
         self.system.allocator.alloc(self.system.allocator.available_size())
         return result, frees

@@ -266,7 +266,7 @@ class RadixTree:
         """Consume the oldest open receipt of a node (CACHE-12, CACHE-13)."""
 
     def evict(self, num_tokens: int) -> torch.Tensor:
-        """Slots evicted, in order (RADIX-8 to RADIX-13)."""
+        """The first slot of each page evicted (RADIX-8 to RADIX-13)."""
 
     def evict_commit(self) -> None:
         """Let the last eviction's memory go."""
