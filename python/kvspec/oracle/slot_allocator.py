@@ -5,6 +5,7 @@ Every page of 1 .. P is in exactly one place (SLOT-1, PAGE-1); at page size 1 a 
     |free| + |release| + |pending| + |held| = P
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Ticket(NamedTuple):
     """How many pages had been handed out in that epoch."""
 
 
-class BaseTokenToKVPoolAllocator(Reporter):
+class BaseTokenToKVPoolAllocator(Reporter, ABC):
     """The books of pages; the order in which they wait is left to `_waiting`."""
 
     clauses: Clauses
@@ -215,17 +216,17 @@ class BaseTokenToKVPoolAllocator(Reporter):
     def _odd_amount(self, need_size: int) -> str:
         return f"alloc({need_size}) but page_size is {self.page_size}"
 
+    @abstractmethod
     def _given_back(self, slots: list[int]) -> list[int]:
         """The pages that these slots give back, in the order in which they go into a list."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _in_order(self, pages: Iterable[int]) -> list[int]:
         """Pages given back at one time, in the order in which they go into a list."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _waiting(self, before: list[int], pages: list[int]) -> list[int]:
         """A list after these pages were put into it."""
-        raise NotImplementedError
 
     def _put_back(self, pages: list[int]) -> None:
         if self.group:
