@@ -6,6 +6,8 @@ import pytest
 
 import kvspec
 
+pytest.register_assert_rewrite("sequences")  # before a test imports them
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("CI") and not kvspec.has_native():

@@ -9,11 +9,9 @@ from kvspec import oracle
 from kvspec.conformance.mutants import Mutant, run_suite
 from kvspec.conformance.suite import Conformance
 from kvspec.errors import ContractError, MemoryLeakError
-
-pytest.register_assert_rewrite("sequences")  # before they are imported
-
-from sequences import SEQUENCES, Sequences  # noqa: E402  # after the line above
-from sequences.faults import registry  # noqa: E402  # after the line above
+from needs import native
+from sequences import SEQUENCES, Sequences
+from sequences.faults import registry
 
 SEEN = (AssertionError, ContractError, MemoryLeakError, pytest.fail.Exception)
 
@@ -22,7 +20,7 @@ class TestOracle(Sequences):
     impl = oracle
 
 
-@pytest.mark.skipif(not kvspec.has_native(), reason="the extension was not built")
+@native
 class TestNative(Sequences):
     impl = kvspec
 

@@ -11,6 +11,7 @@ import pytest
 import kvspec
 import kvspec.oracle
 from kvspec.cli import main
+from needs import native
 
 LINE = '{"timestamp": 0, "input_length": %d, "output_length": 1, "hash_ids": %s}\n'
 TRACE = "".join(
@@ -88,7 +89,7 @@ def test_leave_last_token_reaches_the_replay(
     assert hits == [4, 3]
 
 
-@pytest.mark.skipif(not kvspec.has_native(), reason="the extension is absent")
+@native
 @pytest.mark.parametrize("impl", ["native", "oracle"])
 def test_verify_drives_both(
     impl: str, trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

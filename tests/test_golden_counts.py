@@ -16,6 +16,7 @@ import kvspec
 import per_page_simulator
 from kvspec.conformance import clause
 from kvspec.replay import Trace, read_trace, replay
+from needs import native
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "traces"
 FOLDER = Path(os.environ.get("KVSPEC_TRACES", DEFAULT))
@@ -53,7 +54,7 @@ def test_the_trace_is_what_golden_counts_are_of(file: str) -> None:
     assert read.tokens == known["total_tokens"]
 
 
-@pytest.mark.skipif(not kvspec.has_native(), reason="the extension is absent")
+@native
 @clause("REPLAY-5")
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)

@@ -22,6 +22,7 @@ from kvspec.conformance.lockstep import (
     table,
 )
 from kvspec.conformance.lockstep.driver import Driver
+from needs import native
 
 OPERATIONS = 200_000
 SEEDS = range(40)
@@ -30,11 +31,9 @@ ORACLE_TWICE = Sides("kvspec.oracle", "kvspec.oracle")
 
 
 @pytest.mark.slow
+@native
 @clause("SLOT-6", "PAGE-16", "RADIX-13", "RADIX-17", "RADIX-18")
 def test_core_follows_the_oracle() -> None:
-    if not kvspec.has_native():
-        pytest.skip("the extension is absent")
-
     found = campaign(SEEDS, OPERATIONS, workers=2)
 
     Console().print(table(found))

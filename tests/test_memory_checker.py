@@ -7,13 +7,14 @@ import kvspec
 import kvspec.oracle
 from kvspec.conformance.memory_checker import MemoryCheckerConformance
 from kvspec.errors import ContractError
+from needs import native
 
 
 class TestOracle(MemoryCheckerConformance):
     impl = kvspec.oracle
 
 
-@pytest.mark.skipif(not kvspec.has_native(), reason="the extension is absent")
+@native
 class TestNative(MemoryCheckerConformance):
     impl = kvspec
 

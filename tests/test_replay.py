@@ -17,9 +17,9 @@ from kvspec.conformance.replay import ReplayConformance, busy_requests, trace_of
 from kvspec.errors import ContractError, MemoryLeakError
 from kvspec.interfaces.radix_cache import EvictionPolicy
 from kvspec.replay import as_json, block_tokens, generate, replay
+from needs import native
 
 POLICIES = get_args(EvictionPolicy)
-native = pytest.mark.skipif(not kvspec.has_native(), reason="the extension is absent")
 IMPLS = [
     pytest.param(kvspec, 1000, id="native", marks=native),
     pytest.param(kvspec.oracle, 50, id="oracle"),

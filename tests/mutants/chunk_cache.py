@@ -1,5 +1,6 @@
 """Chunk caches with one clause broken each."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from kvspec import oracle
@@ -37,11 +38,12 @@ class CallsTheRowProtected(ChunkCache):
         req.cache_protected_len = len(req.fill_ids) // self.page_size * self.page_size
 
 
-class GivesBackTooLittle(ChunkCache):
+class GivesBackTooLittle(ChunkCache, ABC):
     """Gives back the first slots of the row alone."""
 
+    @abstractmethod
     def kept(self, req: Any, slots: list[int]) -> list[int]:
-        raise NotImplementedError
+        """The slots that are given back."""
 
     def _row(self, req: Any, tokens: list[int]) -> RequestRow:
         row = super()._row(req, tokens)

@@ -52,7 +52,7 @@ class LetsTheObserversErrorOut(TokenToKVPoolAllocator):
         def caught(operation: object) -> None:
             try:
                 if observer is not None:
-                    observer(operation)  # type: ignore[arg-type]  # passed on as it came
+                    observer(operation)
             except RuntimeError as error:
                 errors.append(error)
 
@@ -71,7 +71,7 @@ class SwallowsTheObserversError(PagedTokenToKVPoolAllocator):
         def swallowed(operation: object) -> None:
             try:
                 if observer is not None:
-                    observer(operation)  # type: ignore[arg-type]  # passed on as it came
+                    observer(operation)
             except RuntimeError:
                 pass
 

@@ -362,7 +362,8 @@ class ResolvesByPath(RadixCache):
             here = [page.tokens for page in self._path(node.node)]
             if root is not None and len(self._walk(root, here)) == len(here):
                 tokens = tuple(token for page in here for token in page)
-                return super().resolve(NodeHandle(root))[0], tokens  # type: ignore[index]  # live
+                space, _ = super().resolve(NodeHandle(root)) or ("", ())
+                return space, tokens
         return found
 
 

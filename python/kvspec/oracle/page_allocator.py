@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from kvspec.errors import ContractError
@@ -27,17 +26,6 @@ class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         ticket="PAGE-15",
         argument="PAGE-17",
     )
-
-    def __init__(
-        self,
-        size: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: str,
-        kvcache: object,
-        need_sort: bool,
-    ) -> None:
-        super().__init__(size, page_size, dtype, device, kvcache, need_sort)
 
     def alloc_extend(
         self, prefix_lens: Slots, seq_lens: Slots, last_loc: Slots, extend_num_tokens: int

@@ -31,6 +31,9 @@ class Sides(NamedTuple):
     core: str = "kvspec"
 
 
+ORACLE_AND_CORE = Sides()
+
+
 class Campaign(NamedTuple):
     """What a run over many seeds found."""
 
@@ -56,7 +59,7 @@ def explore_by_name(seed: int, operation_count: int, sides: Sides) -> History:
 def campaign(
     seeds: Sequence[int],
     operation_count: int,
-    sides: Sides = Sides(),  # noqa: B008  # a NamedTuple cannot change
+    sides: Sides = ORACLE_AND_CORE,
     workers: int = 1,
     resume: Path | None = None,
     progress: Callable[[History], object] = lambda history: None,
