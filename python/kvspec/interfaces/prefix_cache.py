@@ -12,6 +12,8 @@ from kvspec.interfaces.slot_allocator import Slots
 __all__ = [
     "BasePrefixCache",
     "CacheView",
+    "EvictResult",
+    "InsertRanges",
     "InsertResult",
     "Interval",
     "LockReceipt",
@@ -20,6 +22,7 @@ __all__ = [
     "PageView",
     "Path",
     "Req",
+    "WindowedCache",
 ]
 
 Interval: TypeAlias = tuple[int, int]
@@ -47,7 +50,7 @@ class LockReceipt(Protocol):
 
     @property
     def swa_uuid(self) -> int | None:
-        """Where a sliding-window lock ends; None in a cache without windows."""
+        """Names where a window lock ends; None where it reaches the root, and without windows."""
 
 
 class MatchResult(NamedTuple):
@@ -58,16 +61,35 @@ class MatchResult(NamedTuple):
     host_hit_length: int = 0
 
 
+class InsertRanges(NamedTuple):
+    """What became of the caller's window slots, where it had one (SWARADIX-6)."""
+
+    shared: list[Interval]
+    adopted: list[Interval]
+    """The tree has them now: of adopted full slots, or of tombstones that they revived."""
+    duplicate: list[Interval]
+    tail: list[Interval]
+
+
 class InsertResult(NamedTuple):
     """What became of the caller's slots: four disjoint sets of positions (CACHE-8)."""
 
     prefix_len: int
-    """Tokens that were resident before."""
+    """Tokens of the reach that were resident before."""
     last_device_node: NodeHandle | None
     shared: list[Interval]
     adopted: list[Interval]
     duplicate: list[Interval]
     tail: list[Interval]
+    swa: InsertRanges | None = None
+    """The same of the window pool; None in a cache without windows."""
+
+
+class EvictResult(NamedTuple):
+    """What an eviction gave back to each pool, in tokens (SWARADIX-12, SWARADIX-13)."""
+
+    full_num_tokens: int
+    swa_num_tokens: int
 
 
 class PageView(NamedTuple):
@@ -81,6 +103,10 @@ class PageView(NamedTuple):
     priority: int
     cut: bool
     """False for every page at page granularity."""
+    tombstone: bool = False
+    """Whether it is without a pair; never in a cache without windows."""
+    swa_locks: int = 0
+    """How many window locks cover it."""
 
 
 class CacheView(NamedTuple):
@@ -134,8 +160,10 @@ class BasePrefixCache(Observable, Protocol):
     def cache_unfinished_req(self, req: Req) -> None:
         """Cache what a request has computed so far (CACHE-2, CACHE-3, CACHE-5). O(row)."""
 
-    def evict(self, num_tokens: int) -> int:
-        """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""
+    def evict(self, num_tokens: int, /) -> int | EvictResult:
+        """Give back evictable tokens: how many, or of a cache with windows how many of each pool
+        (RADIX-8 to RADIX-13, CHUNK-3, SWARADIX-12, SWARADIX-13). O(log n) a leaf.
+        """
 
     def inc_lock_ref(self, node: NodeHandle) -> LockReceipt:
         """Keep the node's path from eviction (CACHE-11, CACHE-13). O(nodes on the path)."""
@@ -169,3 +197,33 @@ class BasePrefixCache(Observable, Protocol):
 
     def counters(self) -> dict[str, int]:
         """Exact costs so far: `tokens_compared`, `heap_moves`, `leaves_evicted` (RADIX-15)."""
+
+
+class WindowedCache(Protocol):
+    """What the caches over an allocator with a window pool have besides."""
+
+    def evict_swa(
+        self,
+        req: Req,
+        prelen: int,
+        attention_chunk_size: int | None = None,
+        *,
+        sliding_window_size: int | None = None,
+    ) -> int:
+        """Give back the window slots that a request has left behind (CACHE-19, CACHE-20).
+
+        `prelen` tokens are computed. Of the two sizes, in tokens, one is given: that of a sliding
+        window or that of chunked attention. Returns tokens. O(tokens given back).
+        """
+
+    def full_evictable_size(self) -> int:
+        """Tokens that `evict` could give back to the full pool (SWARADIX-10). O(1)."""
+
+    def full_protected_size(self) -> int:
+        """Tokens under a lock (SWARADIX-10). O(1)."""
+
+    def swa_evictable_size(self) -> int:
+        """Tokens that `evict` could give back to the window pool (SWARADIX-10). O(1)."""
+
+    def swa_protected_size(self) -> int:
+        """Tokens with a pair under a window lock (SWARADIX-10). O(1)."""

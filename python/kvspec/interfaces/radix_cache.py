@@ -15,3 +15,6 @@ class RadixCache(BasePrefixCache, Protocol):
 
     eviction_policy: str
     eviction_granularity: str
+
+    def evict(self, num_tokens: int) -> int:
+        """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""

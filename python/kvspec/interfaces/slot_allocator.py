@@ -26,6 +26,10 @@ class AllocatorView(NamedTuple):
     pending: tuple[int, ...]
     held: frozenset[int]
     group: bool
+    swa: "AllocatorView | None" = None
+    """The window pool's, where there is one; the rest is the full pool's."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """(full page, window page), ascending."""
 
 
 class BaseTokenToKVPoolAllocator(Observable, Protocol):
