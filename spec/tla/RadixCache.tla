@@ -43,13 +43,6 @@ Init ==
     /\ handle = [path |-> Root, live |-> FALSE]
 
 -----------------------------------------------------------------------------
-Ranked(f) == [p \in DOMAIN f |-> Cardinality({ f[q] : q \in { r \in DOMAIN f : f[r] < f[p] } })]
-
-\* RADIX-3: the paths of S become the most recent, all with one tick.
-Touched(S) ==
-    LET now == Cardinality(DOMAIN last)
-    IN  Ranked([p \in DOMAIN last \cup S |-> IF p \in S THEN now ELSE last[p]])
-
 \* CACHE-14: the client drops the handle it is given, or keeps it and drops the old one.
 MayKeep(p) ==
     \/ UNCHANGED handle
@@ -60,7 +53,7 @@ Outdate(gone) == handle' = [handle EXCEPT !.live = @ /\ handle.path \notin gone]
 
 \* RADIX-1, RADIX-3: a match moves what it covers to the front.
 Match(key) ==
-    /\ last' = Touched(Prefixes(Found(tree, key)))
+    /\ last' = Touched(last, Prefixes(Found(tree, key)))
     /\ MayKeep(Found(tree, key))
     /\ UNCHANGED <<free, tree, locks, receipts>>
 
@@ -71,7 +64,7 @@ Peek(key) == Found(tree, key) # Root /\ UNCHANGED vars
 Grow(key, pageOf(_)) ==
     /\ tree' = With(tree, Prefixes(key), pageOf)
     /\ locks' = With(locks, Prefixes(key), LAMBDA p : 0)
-    /\ last' = Touched(Prefixes(key))
+    /\ last' = Touched(last, Prefixes(key))
     /\ free' = Pages \ Range(tree')
     /\ MayKeep(key)
     /\ UNCHANGED receipts
@@ -120,7 +113,7 @@ LockRefused == ~handle.live /\ UNCHANGED vars
 \* CACHE-12: exactly what this receipt locked, whatever came in between.
 Release(i) ==
     /\ locks' = [p \in DOMAIN locks |-> locks[p] - IF p \in Prefixes(receipts[i]) THEN 1 ELSE 0]
-    /\ receipts' = SubSeq(receipts, 1, i - 1) \o SubSeq(receipts, i + 1, Len(receipts))
+    /\ receipts' = RemoveAt(receipts, i)
     /\ UNCHANGED <<free, tree, last, handle>>
 
 Unlock == \E i \in 1..Len(receipts) : Release(i)

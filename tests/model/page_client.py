@@ -53,9 +53,9 @@ class PageClient:
         try:
             pool.restore_state(ticket)
         except ContractError:
-            return (*view, False, ())
+            return (*view[:5], False, ())
         free = pool.view().free
-        return (*view, True, free[: len(free) - len(view.free)])
+        return (*view[:5], True, free[: len(free) - len(view.free)])
 
     def moves(self) -> Iterator[Move]:
         """Every call of the interface that can change it, and many that may not."""
