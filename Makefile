@@ -13,7 +13,7 @@ demo: venv  ## set everything up, then replay a workload, or TRACE=path
 	$(BIN)/kvspec replay $(TRACE)
 
 test: venv java lint types  ## set everything up, then run every test and gate the coverage of clauses
-	$(BIN)/pytest --clause-gate --clause-report build/coverage.json
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --clause-gate --clause-report build/coverage.json
 
 venv: $(VENV)/.installed  ## the set-up alone, into .venv
 
@@ -42,8 +42,9 @@ peers: venv  ## other engines' memory layers, for bench/ to compare with
 
 OPERATIONS ?= 200000
 SEEDS      ?= 0:40
-lockstep: venv  ## oracle against core, OPERATIONS over SEEDS (first:last)
-	$(BIN)/python -m kvspec.conformance.lockstep --operations $(OPERATIONS) --seeds $(SEEDS)
+MEMORY     ?= full
+lockstep: venv  ## oracle against core, OPERATIONS over SEEDS (first:last), MEMORY full, swa or swachunk
+	$(BIN)/python -m kvspec.conformance.lockstep --operations $(OPERATIONS) --seeds $(SEEDS) --memory $(MEMORY)
 
 bench: venv peers  ## benchmarks; gates are on counters and on ratios
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only -p no:cacheprovider

@@ -17,28 +17,14 @@ std::uint64_t saturating_sum(std::uint64_t a, std::uint64_t b) noexcept {
 
 }  // namespace
 
-// A batch as both calls see it: a decode is an extension by one token.
-struct PagedTokenToKVPoolAllocator::Requests {
-  std::span<const std::int64_t> prefix_lens;  // empty for a decode
-  std::span<const std::int64_t> seq_lens;
-  std::span<const std::int64_t> last_loc;
-  bool decode;
-
-  std::size_t count() const noexcept { return seq_lens.size(); }
-  std::int64_t length(std::size_t request) const noexcept { return seq_lens[request]; }
-  std::int64_t prefix(std::size_t request) const noexcept {
-    if (!decode) return prefix_lens[request];
-    return std::max(seq_lens[request], std::numeric_limits<std::int64_t>::min() + 1) - 1;
-  }
-  // Whether the request's first new token goes into the page of last_loc.
-  bool continues(std::size_t request, std::int64_t page_size) const noexcept {
-    return prefix(request) % page_size != 0 && prefix(request) < length(request);
-  }
-};
-
 PagedTokenToKVPoolAllocator::PagedTokenToKVPoolAllocator(std::int64_t size, std::int64_t page_size,
                                                          bool need_sort)
-    : PageBooks(kPageAllocator, size, page_size, need_sort) {}
+    : PagedTokenToKVPoolAllocator(kPageAllocator, size, page_size, need_sort) {}
+
+PagedTokenToKVPoolAllocator::PagedTokenToKVPoolAllocator(const AllocatorKind& kind,
+                                                         std::int64_t size, std::int64_t page_size,
+                                                         bool need_sort)
+    : PageBooks(kind, size, page_size, need_sort) {}
 
 std::optional<Slots> PagedTokenToKVPoolAllocator::alloc_extend(
     std::span<const std::int64_t> prefix_lens, std::span<const std::int64_t> seq_lens,
@@ -64,21 +50,24 @@ std::optional<Slots> PagedTokenToKVPoolAllocator::extend(const char* name, const
 
   take(page_count);
   place(requests, page_count, slots.span());
-  if (reporter().attached() && page_count > 0) {
-    write_taken(page_count, moved.span());
-    reporter().report(name, moved.span());
-  }
+  report_taken(name, page_count, moved);
   return slots;
 }
 
-// Refuses what PAGE-8 forbids; the number of pages that the new tokens begin.
+void PagedTokenToKVPoolAllocator::report_taken(const char* name, std::size_t page_count,
+                                               Slots& moved) noexcept {
+  if (!reporter().attached() || page_count == 0) return;
+  write_taken(page_count, moved.span());
+  reporter().report(name, moved.span());
+}
+
 std::uint64_t PagedTokenToKVPoolAllocator::require_continuable(const Requests& requests,
                                                                std::int64_t extend_num_tokens) {
   const std::size_t prefixes = requests.decode ? requests.count() : requests.prefix_lens.size();
   if (prefixes != requests.count() || requests.last_loc.size() != requests.count()) {
-    refuse("PAGE-8", "the lists of requests have " + std::to_string(prefixes) + ", " +
-                         std::to_string(requests.count()) + " and " +
-                         std::to_string(requests.last_loc.size()) + " entries");
+    refuse(kind().requests, "the lists of requests have " + std::to_string(prefixes) + ", " +
+                                std::to_string(requests.count()) + " and " +
+                                std::to_string(requests.last_loc.size()) + " entries");
   }
   std::uint64_t tokens = 0;
   std::uint64_t pages = 0;
@@ -100,13 +89,13 @@ std::uint64_t PagedTokenToKVPoolAllocator::require_continuable(const Requests& r
   }
   if (good < requests.count()) refuse_request(requests, good);
   if (extend_num_tokens < 0 || tokens != static_cast<std::uint64_t>(extend_num_tokens)) {
-    refuse("PAGE-8", "extend_num_tokens is " + std::to_string(extend_num_tokens) + ", but " +
-                         std::to_string(tokens) + " are new");
+    refuse(kind().requests, "extend_num_tokens is " + std::to_string(extend_num_tokens) +
+                                ", but " + std::to_string(tokens) + " are new");
   }
   return pages;
 }
 
-// Whether a request is as PAGE-8 asks, after those before it, whose pages are marked named.
+// Whether a request is as PAGE-8 and SWA-7 ask, after those before it, whose pages are named.
 bool PagedTokenToKVPoolAllocator::continuable(const Requests& requests,
                                               std::size_t request) const noexcept {
   const std::int64_t prefix = requests.prefix(request);
@@ -116,7 +105,8 @@ bool PagedTokenToKVPoolAllocator::continuable(const Requests& requests,
   const std::int64_t page = slot / page_size();
   if (slot < 0 || !is_held(page)) return false;
   if (slot % page_size() != (prefix - 1) % page_size()) return false;
-  return !requests.continues(request, page_size()) || !is_named(page);
+  if (!requests.continues(request, page_size())) return true;
+  return (requests.pairs == nullptr || requests.pairs[page] != 0) && !is_named(page);
 }
 
 // Says what is wrong with a request that is not continuable.
@@ -127,25 +117,29 @@ void PagedTokenToKVPoolAllocator::refuse_request(const Requests& requests,
   const std::int64_t length = requests.length(request);
   const std::int64_t slot = requests.last_loc[request];
   const std::int64_t page = page_of(slot);
+  const char* const clause = kind().requests;
   const std::string subject = "request " + text(request);
   if (prefix < 0 || prefix > length) {
-    refuse("PAGE-8", subject + " goes from " + text(prefix) + " to " + text(length) + " tokens");
+    refuse(clause, subject + " goes from " + text(prefix) + " to " + text(length) + " tokens");
   }
-  if (prefix == 0) refuse("PAGE-8", subject + " has no prefix, but last_loc " + text(slot));
+  if (prefix == 0) refuse(clause, subject + " has no prefix, but last_loc " + text(slot));
   const std::string continued = subject + " continues slot " + text(slot) + ", ";
-  if (!is_held(page)) refuse("PAGE-8", continued + "but page " + text(page) + " is not held");
+  if (!is_held(page)) refuse(clause, continued + "but page " + text(page) + " is not held");
   if (slot % page_size() != (prefix - 1) % page_size()) {
-    refuse("PAGE-8", continued + "where token " + text(prefix - 1) + " cannot be");
+    refuse(clause, continued + "where token " + text(prefix - 1) + " cannot be");
+  }
+  if (requests.pairs != nullptr && requests.pairs[page] == 0) {
+    refuse(clause, continued + "but page " + text(page) + " has no window page");
   }
   std::size_t other = 0;
   while (!requests.continues(other, page_size()) || page_of(requests.last_loc[other]) != page) {
     ++other;
   }
-  refuse("PAGE-8", "requests " + text(other) + " and " + text(request) +
-                       " continue the same page " + text(page));
+  refuse(clause, "requests " + text(other) + " and " + text(request) +
+                     " continue the same page " + text(page));
 }
 
-// PAGE-6: an aligned position is the first slot of the next page, another follows the one before.
+// An aligned position is the first slot of the next page, another follows the one before.
 void PagedTokenToKVPoolAllocator::place(const Requests& requests, std::size_t page_count,
                                         std::span<std::int64_t> slots) const noexcept {
   std::size_t pages_used = 0;

@@ -20,7 +20,8 @@ std::size_t checked_page_count(const AllocatorKind& kind, std::int64_t size,
   const std::int64_t largest = (std::int64_t{1} << 31) - 1 - page_size;
   if (size < 0 || size > largest) {
     refuse(kind.argument,
-           "size is " + std::to_string(size) + ", not in 0 .. " + std::to_string(largest));
+           std::string(kind.size_name) + " is " + std::to_string(size) + ", not in 0 .. " +
+               std::to_string(largest));
   }
   return static_cast<std::size_t>(size / page_size);
 }
@@ -41,18 +42,13 @@ PageBooks::PageBooks(const AllocatorKind& kind, std::int64_t size, std::int64_t 
       identity_(std::make_shared<const char>()),
       reporter_(kind.room) {
   pending_.reserve(page_count_);
-  clear();
+  start();
 }
 
 std::optional<Slots> PageBooks::alloc(std::int64_t need_size) {
   reporter_.guard("alloc");
-  if (need_size < 0 || need_size % page_size_ != 0) {
-    const std::string call = "alloc(" + std::to_string(need_size) + ")";
-    refuse(kind_.amount, kind_.pages ? call + " but page_size is " + std::to_string(page_size_)
-                                     : call + " is negative");
-  }
-  if (need_size > available_size()) return std::nullopt;
-  const auto page_count = static_cast<std::size_t>(need_size / page_size_);
+  const std::size_t page_count = require_whole_pages(need_size);
+  if (page_count > available_page_count()) return std::nullopt;
   Slots slots(static_cast<std::size_t>(need_size));
 
   take(page_count);
@@ -63,17 +59,12 @@ std::optional<Slots> PageBooks::alloc(std::int64_t need_size) {
 
 void PageBooks::free(std::span<const std::int64_t> slots) {
   reporter_.guard("free");
-  const std::span<PageId> pages = name_pages(slots);
+  const Naming naming{"free", kind_.given_back, /*once=*/!kind_.pages, /*unfit=*/""};
+  const std::span<PageId> pages = name_pages(naming, slots, 0, [](PageId) { return true; });
+  set_state(pages, State::held);
   if (pages.empty()) return;
-  Slots moved;
-  try {
-    moved = room_for_report(pages.size());
-  } catch (...) {
-    set_state(pages, State::held);
-    throw;
-  }
+  Slots moved = room_for_report(pages.size());
 
-  if (kind_.pages && !std::ranges::is_sorted(pages)) std::ranges::sort(pages);
   put_back(pages);
   end_epoch(kind_.freed);
   write_report(pages, moved);
@@ -82,23 +73,19 @@ void PageBooks::free(std::span<const std::int64_t> slots) {
 
 void PageBooks::free_group_begin() {
   reporter_.guard("free_group_begin");
-  if (group_) refuse(kind_.group, "a free group is open already");
-  group_ = true;
+  require_group(false);
+  open_group();
   end_epoch("a free group was opened");
   reporter_.report("free_group_begin");
 }
 
 void PageBooks::free_group_end() {
   reporter_.guard("free_group_end");
-  if (!group_) refuse(kind_.group, "no free group is open");
+  require_group(true);
   Slots moved = room_for_report(pending_.size());
 
-  group_ = false;
-  if (kind_.pages) std::ranges::sort(pending_);
-  put_back(pending_);
+  close_group(moved);
   end_epoch("a free group was closed");
-  write_report(pending_, moved);
-  pending_.clear();
   reporter_.report("free_group_end", moved.span());
 }
 
@@ -112,35 +99,19 @@ PageBooks::Ticket PageBooks::backup_state() const noexcept {
 
 void PageBooks::restore_state(const Ticket& ticket) {
   reporter_.guard("restore_state");
-  if (ticket.owner_ != identity_) refuse(kind_.ticket, "this is no ticket of this allocator");
-  if (ticket.epoch_ != epoch_) {
-    refuse(kind_.ticket, std::string("the ticket is no longer valid: ") + ended_by_ + " since");
-  }
-  const std::size_t page_count = taken_count_ - ticket.taken_count_;
+  const std::size_t page_count = require_valid(ticket);
   Slots moved = room_for_report(page_count);
   if (reporter_.attached()) write_taken(page_count, moved.span());
 
-  for (const auto& pages : free_.last_popped(page_count)) set_state(pages, State::free);
-  free_.unpop(page_count);
-  counters_.pages_moved += static_cast<std::int64_t>(page_count);
+  untake(page_count);
   end_epoch("a state was restored");
   if (page_count > 0) reporter_.report("restore_state", moved.span());
 }
 
 void PageBooks::clear() {
   reporter_.guard("clear");
-  bool changed = group_ || free_.size() != page_count_;
-  for (std::size_t i = 0; !changed && i < page_count_; ++i) {
-    changed = free_[i] != static_cast<PageId>(i + 1);
-  }
-
-  group_ = false;
-  free_.clear();
-  release_.clear();
-  pending_.clear();
-  std::ranges::fill(state_, State::free);
-  state_[0] = State::sink;
-  for (PageId page = 1; contains(page); ++page) free_.push_back({&page, 1});
+  const bool changed = !is_clear();
+  start();
   end_epoch("the allocator was cleared");
   if (changed) reporter_.report("clear");
 }
@@ -186,22 +157,34 @@ void PageBooks::check() const {
   }
 }
 
-bool PageBooks::contains(std::int64_t page) const noexcept {
-  return page >= 1 && page <= static_cast<std::int64_t>(page_count_);
-}
-
 bool PageBooks::is_held(std::int64_t page) const noexcept {
-  if (!contains(page)) return false;
-  const State state = state_[static_cast<std::size_t>(page)];
-  return state == State::held || state == State::named;
+  return contains(page) && state_[static_cast<std::size_t>(page)] >= State::held;
 }
 
 bool PageBooks::is_named(std::int64_t page) const noexcept {
   return contains(page) && state_[static_cast<std::size_t>(page)] == State::named;
 }
 
-std::int64_t PageBooks::page_of(std::int64_t slot) const noexcept {
-  return page_size_ == 1 ? slot : slot / page_size_ - (slot % page_size_ < 0 ? 1 : 0);
+std::size_t PageBooks::require_whole_pages(std::int64_t need_size) const {
+  if (need_size < 0 || need_size % page_size_ != 0) {
+    const std::string call = "alloc(" + std::to_string(need_size) + ")";
+    refuse(kind_.amount, kind_.pages ? call + " but page_size is " + std::to_string(page_size_)
+                                     : call + " is negative");
+  }
+  return static_cast<std::size_t>(need_size / page_size_);
+}
+
+std::size_t PageBooks::require_valid(const Ticket& ticket) const {
+  if (ticket.owner_ != identity_) refuse(kind_.ticket, "this is no ticket of this allocator");
+  if (ticket.epoch_ != epoch_) {
+    refuse(kind_.ticket, std::string("the ticket is no longer valid: ") + ended_by_ + " since");
+  }
+  return taken_count_ - ticket.taken_count_;
+}
+
+void PageBooks::require_group(bool open) const {
+  if (group_ && !open) refuse(kind_.group, "a free group is open already");
+  if (!group_ && open) refuse(kind_.group, "no free group is open");
 }
 
 void PageBooks::take(std::size_t page_count) noexcept {
@@ -210,6 +193,56 @@ void PageBooks::take(std::size_t page_count) noexcept {
   for (const auto& pages : free_.last_popped(page_count)) set_state(pages, State::held);
   taken_count_ += page_count;
   counters_.pages_moved += static_cast<std::int64_t>(page_count);
+}
+
+void PageBooks::untake(std::size_t page_count) noexcept {
+  for (const auto& pages : free_.last_popped(page_count)) set_state(pages, State::free);
+  free_.unpop(page_count);
+  counters_.pages_moved += static_cast<std::int64_t>(page_count);
+}
+
+void PageBooks::put_back(std::span<PageId> pages) noexcept {
+  if (kind_.pages && !std::ranges::is_sorted(pages)) std::ranges::sort(pages);
+  counters_.pages_moved += static_cast<std::int64_t>(pages.size());
+  if (group_) {
+    set_state(pages, State::pending);
+    pending_.insert(pending_.end(), pages.begin(), pages.end());
+    return;
+  }
+  set_state(pages, need_sort_ ? State::release : State::free);
+  PageRing& ring = need_sort_ ? release_ : free_;
+  kind_.pages ? ring.push_front(pages) : ring.push_back(pages);
+}
+
+void PageBooks::close_group(Slots& moved) noexcept {
+  group_ = false;
+  put_back(pending_);
+  write_report(pending_, moved);
+  pending_.clear();
+}
+
+bool PageBooks::is_clear() const noexcept {
+  if (group_ || free_.size() != page_count_) return false;
+  for (std::size_t i = 0; i < page_count_; ++i) {
+    if (free_[i] != static_cast<PageId>(i + 1)) return false;
+  }
+  return true;
+}
+
+void PageBooks::start() noexcept {
+  group_ = false;
+  free_.clear();
+  release_.clear();
+  pending_.clear();
+  std::ranges::fill(state_, State::free);
+  state_[0] = State::sink;
+  for (PageId page = 1; contains(page); ++page) free_.push_back({&page, 1});
+}
+
+void PageBooks::end_epoch(const char* reason) noexcept {
+  ++epoch_;
+  ended_by_ = reason;
+  taken_count_ = 0;
 }
 
 void PageBooks::write_taken(std::size_t page_count, std::span<std::int64_t> slots) const noexcept {
@@ -224,63 +257,24 @@ Slots PageBooks::room_for_report(std::size_t page_count) const {
 }
 
 void PageBooks::write_report(std::span<const PageId> pages, Slots& moved) const noexcept {
-  if (!reporter_.attached()) return;
+  if (moved.count() == 0) return;
   write_slots(pages, static_cast<std::int32_t>(page_size_), moved.span());
 }
 
-// The pages that the slots name, in the order of their first slot, marked named; or a refusal.
-std::span<PageId> PageBooks::name_pages(std::span<const std::int64_t> slots) {
-  PageId* const pages = scratch_.get();
-  State* const states = state_.data();
-  std::size_t count = 0;
-  for (std::size_t i = 0; i < slots.size();) {
-    const std::int64_t page = page_of(slots[i]);
-    const State place = contains(page) ? states[page] : State::sink;
-    if (place == State::held) {
-      states[page] = State::named;
-      pages[count++] = static_cast<PageId>(page);
-    } else if (place != State::named || !kind_.pages) {
-      set_state({pages, count}, State::held);
-      refuse_free(page, place == State::named);
-    }
-    ++i;
-    if (kind_.pages) {
-      // Most slots follow one of their own page, which is known already.
-      const std::int64_t end = (page + 1) * page_size_;
-      while (i < slots.size() && slots[i] < end && slots[i] >= end - page_size_) ++i;
-    }
-  }
-  return {pages, count};
-}
-
-void PageBooks::refuse_free(std::int64_t page, bool twice) const {
-  const std::string what = "free names " + std::string(kind_.unit) + " " + std::to_string(page);
-  if (twice) refuse(kind_.given_back, what + " twice");
-  if (page == 0) refuse(kind_.given_back, what + ", which is the sink");
+void PageBooks::refuse_page(const Naming& naming, std::int64_t page,
+                            std::span<const PageId> named) {
+  const State place = contains(page) ? state(page) : State::sink;
+  set_state(named, State::held);
+  const std::string what =
+      std::string(naming.call) + " names " + kind_.unit + " " + std::to_string(page);
+  if (page == 0) refuse(naming.clause, what + ", which is the sink");
   if (!contains(page)) {
-    refuse(kind_.given_back,
-           what + ", which is out of range 1 .. " + std::to_string(page_count_));
+    refuse(naming.clause, what + ", which is out of range 1 .. " + std::to_string(page_count_));
   }
-  const bool pending = state_[static_cast<std::size_t>(page)] == State::pending;
-  refuse(kind_.given_back, what + (pending ? ", which is pending" : ", which is free"));
-}
-
-void PageBooks::set_state(std::span<const PageId> pages, State place) noexcept {
-  State* const states = state_.data();
-  for (const PageId page : pages) states[page] = place;
-}
-
-// Puts pages where what is given back waits (PAGE-16, SLOT-6).
-void PageBooks::put_back(std::span<const PageId> pages) noexcept {
-  counters_.pages_moved += static_cast<std::int64_t>(pages.size());
-  if (group_) {
-    set_state(pages, State::pending);
-    pending_.insert(pending_.end(), pages.begin(), pages.end());
-    return;
-  }
-  set_state(pages, need_sort_ ? State::release : State::free);
-  PageRing& ring = need_sort_ ? release_ : free_;
-  kind_.pages ? ring.push_front(pages) : ring.push_back(pages);
+  if (place == State::held) refuse(naming.clause, what + ", which " + naming.unfit);
+  if (place > State::held) refuse(naming.clause, what + " twice");
+  const bool pending = place == State::pending;
+  refuse(naming.clause, what + (pending ? ", which is pending" : ", which is free"));
 }
 
 // Sorts free list and release list into the free list.
@@ -296,12 +290,6 @@ void PageBooks::merge() noexcept {
   release_.clear();
   ++counters_.merges;
   counters_.pages_merged += static_cast<std::int64_t>(merged.size());
-}
-
-void PageBooks::end_epoch(const char* reason) noexcept {
-  ++epoch_;
-  ended_by_ = reason;
-  taken_count_ = 0;
 }
 
 }  // namespace kvspec

@@ -58,17 +58,19 @@ inline nb::object optional_tensor(std::optional<Slots> slots) {
   return slots ? tensor(std::move(*slots)) : nb::none();
 }
 
-inline nb::object python_view(const PageBooks& books) {
-  const AllocatorView view = books.view();
+// A kvspec.interfaces.slot_allocator.AllocatorView; `more` are its fields of a window pool.
+template <class... More>
+nb::object python_fields(const AllocatorView& view, const More&... more) {
   const auto tuple = [](const std::vector<PageId>& pages) { return nb::tuple(nb::cast(pages)); };
   const nb::object held = nb::steal(PyFrozenSet_New(nb::cast(view.held).ptr()));
   return nb::module_::import_("kvspec.interfaces.slot_allocator")
       .attr("AllocatorView")(tuple(view.free), tuple(view.release), tuple(view.pending), held,
-                             view.group);
+                             view.group, more...);
 }
 
-inline nb::dict python_counters(const PageBooks& books) {
-  const AllocatorCounters counters = books.counters();
+inline nb::object python_view(const PageBooks& books) { return python_fields(books.view()); }
+
+inline nb::dict python_counters(const AllocatorCounters& counters) {
   nb::dict named;
   named["pages_moved"] = counters.pages_moved;
   named["merges"] = counters.merges;
@@ -102,10 +104,6 @@ void def_allocator(nb::class_<Bound<Core>>& allocator) {
              return optional_tensor(self.alloc(need_size));
            },
            nb::arg("need_size"), nb::sig("def alloc(self, need_size: int) -> torch.Tensor | None"))
-      .def("free", [](Self& self, nb::handle free_index) {
-             self.free(Integers(free_index, self.kind().argument));
-           },
-           nb::arg("free_index").none())
       .def("free_group_begin", &Self::free_group_begin)
       .def("free_group_end", &Self::free_group_end)
       .def("backup_state", &Self::backup_state)
@@ -113,7 +111,7 @@ void def_allocator(nb::class_<Bound<Core>>& allocator) {
              self.restore_state(ticket_of(state));
            },
            nb::arg("state").none())
-      .def("clear", &PageBooks::clear)
+      .def("clear", [](Self& self) { self.Core::clear(); })
       .def("get_kvcache", [](const Self& self) { return self.kvcache; })
       .def("attach", [](Self& self, nb::object observer) {
              attach(self, self.observer, std::move(observer));
@@ -123,8 +121,49 @@ void def_allocator(nb::class_<Bound<Core>>& allocator) {
            nb::sig("def view(self) -> kvspec.interfaces.slot_allocator.AllocatorView"))
       .def("digest", &Self::digest)
       .def("check", &Self::check)
-      .def("counters", [](const Self& self) { return python_counters(self); },
+      .def("counters", [](const Self& self) { return python_counters(self.counters()); },
            nb::sig("def counters(self) -> dict[str, int]"));
+}
+
+// `free` of an allocator of one pool.
+template <class Core>
+void def_free(nb::class_<Bound<Core>>& allocator) {
+  allocator.def(
+      "free",
+      [](Bound<Core>& self, nb::handle free_index) {
+        self.free(Integers(free_index, self.kind().argument));
+      },
+      nb::arg("free_index").none());
+}
+
+// What PagedTokenToKVPoolAllocator adds to them.
+template <class Core>
+void def_extend(nb::class_<Bound<Core>>& allocator) {
+  using Self = Bound<Core>;
+  allocator.def(
+      "alloc_extend",
+      [](Self& self, nb::handle prefix_lens, nb::handle seq_lens, nb::handle last_loc,
+         std::int64_t extend_num_tokens) {
+        const char* clause = self.kind().argument;
+        const Integers prefixes(prefix_lens, clause);
+        const Integers lengths(seq_lens, clause);
+        return optional_tensor(self.alloc_extend(prefixes, lengths, Integers(last_loc, clause),
+                                                 extend_num_tokens));
+      },
+      nb::arg("prefix_lens").none(), nb::arg("seq_lens").none(), nb::arg("last_loc").none(),
+      nb::arg("extend_num_tokens"),
+      nb::sig("def alloc_extend(self, prefix_lens: object, seq_lens: object, last_loc: object,"
+              " extend_num_tokens: int) -> torch.Tensor | None"));
+  allocator.def(
+      "alloc_decode",
+      [](Self& self, nb::handle seq_lens, nb::handle last_loc) {
+        const char* clause = self.kind().argument;
+        const Integers lengths(seq_lens, clause);
+        return optional_tensor(self.alloc_decode(lengths, Integers(last_loc, clause)));
+      },
+      nb::arg("seq_lens").none(), nb::arg("last_loc").none(),
+      nb::sig("def alloc_decode(self, seq_lens: object, last_loc: object)"
+              " -> torch.Tensor | None"));
 }
 
 }  // namespace kvspec::bindings

@@ -172,18 +172,20 @@ class Integers {
   std::span<const std::int64_t> span_;
 };
 
-// An int64 tensor in one dimension, on the CPU, that owns the slots given.
-inline nb::object tensor(Slots slots) {
-  const std::size_t count = slots.count();
-  std::unique_ptr<std::int64_t[]> kept = slots.release();
+// A tensor in one dimension, on the CPU, that owns the integers given: int64 of Slots, int32 of
+// WindowSlots.
+template <class Integer>
+nb::object tensor(Unzeroed<Integer> integers) {
+  const std::size_t count = integers.count();
+  std::unique_ptr<Integer[]> kept = integers.release();
   const nb::capsule owner(kept.get(), [](void* data) noexcept {
-    delete[] static_cast<std::int64_t*>(data);
+    delete[] static_cast<Integer*>(data);
   });
-  using Memory = nb::ndarray<std::int64_t, nb::ndim<1>, nb::device::cpu>;
+  using Memory = nb::ndarray<Integer, nb::ndim<1>, nb::device::cpu>;
   return Torch::get().from_capsule(nb::cast(Memory(kept.release(), {count}, owner)));
 }
 
-// The same, of a copy of any integers.
+// The int64 tensor of a copy of any integers.
 template <class Integers>
 nb::object tensor_of(const Integers& integers) {
   Slots slots(std::size(integers));

@@ -24,4 +24,5 @@ void bind_slot_allocator(nb::module_& m) {
       },
       "size"_a, "dtype"_a, "device"_a, "kvcache"_a.none(), "need_sort"_a);
   kvspec::bindings::def_allocator(allocator);
+  kvspec::bindings::def_free(allocator);
 }

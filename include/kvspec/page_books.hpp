@@ -1,6 +1,7 @@
-// Page books: what every allocator of KV slots keeps about its pages.  Spec: SLOT, PAGE.
+// Page books: what every allocator of KV slots keeps about its pages.  Spec: SLOT, PAGE, SWA.
 //
-// Every page of 1 .. P is in exactly one place (PAGE-1, SLOT-1), and page 0, the sink, in none:
+// Every page of 1 .. P is in exactly one place (PAGE-1, SLOT-1, SWA-1), and page 0, the sink, in
+// none:
 //
 //     |free| + |release| + |pending| + |held| == P
 //
@@ -8,6 +9,9 @@
 //   release  under need_sort, given back and not yet merged into the free list
 //   pending  given back inside an open free group
 //   held     owned by a caller
+//
+// The public calls refuse, change and report.  The steps that they are made of are protected: an
+// allocator of several pools makes its calls of the steps of all of them.
 //
 // Not thread-safe: one scheduler thread owns an allocator.  After any exception, std::bad_alloc
 // included, the books are as before: what can throw comes first.
@@ -30,6 +34,7 @@ namespace kvspec {
 struct AllocatorKind {
   const char* room;
   const char* unit;         // "page" or "slot"
+  const char* size_name;    // what the constructor calls the size
   const char* freed;        // why a ticket ended
   const char* books;        // clause of conservation
   const char* sink;         // clause of the sink
@@ -38,6 +43,7 @@ struct AllocatorKind {
   const char* group;        // clause of free groups
   const char* ticket;       // clause of tickets
   const char* argument;     // clause of types and of the constructor
+  const char* requests;     // clause of the requests that are extended
   bool pages;  // several slots name one page, and what is given back goes, ascending, before the
                // list (PAGE-9, PAGE-16); else a slot is named once and goes last (SLOT-5, SLOT-6)
 };
@@ -117,14 +123,45 @@ class PageBooks {
   AllocatorCounters counters() const noexcept { return counters_; }
 
  protected:
-  enum class State : std::uint8_t { sink, free, release, pending, held, named };
+  // How a call names pages, and what it says of one that it refuses.
+  struct Naming {
+    const char* call;
+    const char* clause;
+    bool once;          // one slot names a page; else any number of its slots do
+    const char* unfit;  // said of a held page that does not fit
+  };
+  // The last two are held, and marked by the call at hand: by the list at hand, or by another.
+  enum class State : std::uint8_t { sink, free, release, pending, held, named, set_aside };
 
+  std::size_t pending_page_count() const noexcept { return pending_.size(); }
   std::size_t available_page_count() const noexcept { return free_.size() + release_.size(); }
-  // Whether a page is held; whether it is, and marked by the call at hand.
+  bool contains(std::int64_t page) const noexcept {
+    return page >= 1 && page <= static_cast<std::int64_t>(page_count_);
+  }
+  // Whether a page is held; whether it is named.
   bool is_held(std::int64_t page) const noexcept;
   bool is_named(std::int64_t page) const noexcept;
-  std::int64_t page_of(std::int64_t slot) const noexcept;
+  std::int64_t page_of(std::int64_t slot) const noexcept {
+    return page_size_ == 1 ? slot : slot / page_size_ - (slot % page_size_ < 0 ? 1 : 0);
+  }
   State& state(std::int64_t page) noexcept { return state_[static_cast<std::size_t>(page)]; }
+  void set_state(std::span<const PageId> pages, State place) noexcept {
+    for (const PageId page : pages) state_[static_cast<std::size_t>(page)] = place;
+  }
+
+  // What alloc's argument is in pages, or a refusal (PAGE-5, SLOT-4, SWA-5).
+  std::size_t require_whole_pages(std::int64_t need_size) const;
+  // Pages handed out since a ticket that is valid, or a refusal (PAGE-15, SLOT-10, SWA-18).
+  std::size_t require_valid(const Ticket& ticket) const;
+  // Refuses unless a free group is open, or none is (PAGE-12, SLOT-8, SWA-15).
+  void require_group(bool open) const;
+
+  // The pages that the slots name, in the order of their first slots, now marked named.  They lie
+  // in the scratch memory, behind the `before` ones that lie there already.  Or a refusal, which
+  // makes all of them held again: of one not held, or without fits(page).  O(slots).
+  template <class Fits>
+  std::span<PageId> name_pages(const Naming& naming, std::span<const std::int64_t> slots,
+                               std::size_t before, Fits fits);
 
   // Hands out pages from the head (PAGE-16, SLOT-6).  REQUIRES: so many are available.
   void take(std::size_t page_count) noexcept;
@@ -132,23 +169,38 @@ class PageBooks {
   PageId taken(std::size_t page_count, std::size_t i) const noexcept {
     return free_.popped(page_count - i);
   }
+  // Puts the last pages taken back.  REQUIRES: nothing was given back since.
+  void untake(std::size_t page_count) noexcept;
+  // Puts held pages where what is given back waits; they are sorted if the kind asks (PAGE-16,
+  // SLOT-6).
+  void put_back(std::span<PageId> pages) noexcept;
+  void open_group() noexcept { group_ = true; }
+  // Puts back what waits, and writes its slots if there is room.
+  void close_group(Slots& moved) noexcept;
+  // Whether start() would change nothing.
+  bool is_clear() const noexcept;
+  // Makes everything free, in ascending order.
+  void start() noexcept;
+  // Ends every ticket; `reason` is told to who uses one.
+  void end_epoch(const char* reason) noexcept;
+
+  // Room for P pages during one call: those that it names, or those that it merges.
+  PageId* scratch() noexcept { return scratch_.get(); }
   // All slots of the last `page_count` pages taken.  REQUIRES: there is room for them.
   void write_taken(std::size_t page_count, std::span<std::int64_t> slots) const noexcept;
   // Room for the slots of so many pages if an observer will want them, else none.
   Slots room_for_report(std::size_t page_count) const;
+  // The slots of the pages, if there is room.
+  void write_report(std::span<const PageId> pages, Slots& moved) const noexcept;
   Reporter& reporter() noexcept { return reporter_; }
 
  private:
   friend struct PlantedFault;  // tests/cpp: books are broken there to see check() find it
 
-  bool contains(std::int64_t page) const noexcept;
-  std::span<PageId> name_pages(std::span<const std::int64_t> slots);
-  void set_state(std::span<const PageId> pages, State place) noexcept;
-  [[noreturn]] void refuse_free(std::int64_t page, bool twice) const;
-  void put_back(std::span<const PageId> pages) noexcept;
-  void write_report(std::span<const PageId> pages, Slots& moved) const noexcept;
+  // Refuses `page`, and makes those held again that are named.
+  [[noreturn]] void refuse_page(const Naming& naming, std::int64_t page,
+                                std::span<const PageId> named);
   void merge() noexcept;
-  void end_epoch(const char* reason) noexcept;
 
   AllocatorKind kind_;
   std::int64_t size_;       // as given; the remainder beyond P pages is not used
@@ -171,5 +223,30 @@ class PageBooks {
   AllocatorCounters counters_;
   Reporter reporter_;
 };
+
+template <class Fits>
+std::span<PageId> PageBooks::name_pages(const Naming& naming, std::span<const std::int64_t> slots,
+                                        std::size_t before, Fits fits) {
+  PageId* const pages = scratch_.get();
+  State* const states = state_.data();
+  std::size_t count = before;
+  for (std::size_t i = 0; i < slots.size();) {
+    const std::int64_t page = page_of(slots[i]);
+    const State place = contains(page) ? states[page] : State::sink;
+    if (place == State::held && fits(static_cast<PageId>(page))) {
+      states[page] = State::named;
+      pages[count++] = static_cast<PageId>(page);
+    } else if (place != State::named || naming.once) {
+      refuse_page(naming, page, {pages, count});
+    }
+    ++i;
+    if (!naming.once) {
+      // Most slots follow one of their own page, which is known already.
+      const std::int64_t end = (page + 1) * page_size_;
+      while (i < slots.size() && slots[i] < end && slots[i] >= end - page_size_) ++i;
+    }
+  }
+  return {pages + before, count - before};
+}
 
 }  // namespace kvspec

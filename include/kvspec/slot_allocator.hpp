@@ -12,6 +12,7 @@ namespace kvspec {
 inline constexpr AllocatorKind kSlotAllocator{
     .room = "slot_allocator",
     .unit = "slot",
+    .size_name = "size",
     .freed = "slots were freed",
     .books = "SLOT-1",
     .sink = "SLOT-1",
@@ -20,6 +21,7 @@ inline constexpr AllocatorKind kSlotAllocator{
     .group = "SLOT-8",
     .ticket = "SLOT-10",
     .argument = "SLOT-11",
+    .requests = "",
     .pages = false,
 };
 

@@ -17,25 +17,29 @@ namespace kvspec {
 
 using PageId = std::int32_t;
 
-// Slots of a result: memory that is not zeroed before it is written.
-class Slots {
+// Integers of a result: memory that is not zeroed before it is written.
+template <class Integer>
+class Unzeroed {
  public:
-  Slots() = default;
-  explicit Slots(std::size_t count)
-      : data_(std::make_unique_for_overwrite<std::int64_t[]>(count)), count_(count) {}
+  Unzeroed() = default;
+  explicit Unzeroed(std::size_t count)
+      : data_(std::make_unique_for_overwrite<Integer[]>(count)), count_(count) {}
 
   std::size_t count() const noexcept { return count_; }
-  std::span<std::int64_t> span() noexcept { return {data_.get(), count_}; }
-  std::span<const std::int64_t> span() const noexcept { return {data_.get(), count_}; }
-  std::unique_ptr<std::int64_t[]> release() noexcept {
+  std::span<Integer> span() noexcept { return {data_.get(), count_}; }
+  std::span<const Integer> span() const noexcept { return {data_.get(), count_}; }
+  std::unique_ptr<Integer[]> release() noexcept {
     count_ = 0;
     return std::move(data_);
   }
 
  private:
-  std::unique_ptr<std::int64_t[]> data_;
+  std::unique_ptr<Integer[]> data_;
   std::size_t count_ = 0;
 };
+
+using Slots = Unzeroed<std::int64_t>;
+using WindowSlots = Unzeroed<std::int32_t>;  // of a window pool
 
 // Writes the slots of `pages`, in order.  REQUIRES: room for page_size slots of each.  O(slots).
 inline void write_slots(std::span<const PageId> pages, std::int32_t page_size,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
+from kvspec.conformance import clause_ids
 from kvspec.conformance.suite import MUTANT, Conformance, short_fuzzing
 from kvspec.errors import ContractError
 
@@ -89,7 +90,7 @@ def run_suite(suite: type[Conformance], impl: Any) -> list[Outcome]:
     for name, test in inspect.getmembers(suite, inspect.isfunction):
         if not name.startswith("test_"):
             continue
-        ids = frozenset(id_ for mark in _marks(test, "clause") for id_ in mark.args)
+        ids = frozenset(clause_ids(_marks(test, "clause"), suite))
         for case in _cases(test):
             subject = suite()
             subject.impl = impl

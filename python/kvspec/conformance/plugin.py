@@ -4,6 +4,8 @@ cited     by reading the files          kvspec.conformance.citations
 decided   a passing test with @clause   here, per implementation
 reached   the proxy's counters          kvspec.conformance.watch
 killed    mutants                       tests that call `record_kill`
+
+Under pytest-xdist each worker hands over what it saw when it is done.
 """
 
 import json
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from kvspec.clauses import Clause, clauses
+from kvspec.conformance import clause_ids
 
 __all__ = ["record_kill"]
 
@@ -40,10 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for mark in item.iter_markers("clause"):
-            unknown = [id_ for id_ in mark.args if id_ not in clauses()]
-            if unknown:
-                raise pytest.UsageError(f"{item.nodeid} decides {unknown}: not in spec/")
+        unknown = [id_ for id_ in _ids(item) if id_ not in clauses()]
+        if unknown:
+            raise pytest.UsageError(f"{item.nodeid} decides {unknown}: not in spec/")
+
+
+def _ids(item: pytest.Item) -> list[str]:
+    return clause_ids(item.iter_markers("clause"), getattr(item, "cls", None))
 
 
 def _impls_of(item: pytest.Item) -> tuple[str, ...]:
@@ -57,12 +63,11 @@ def _impls_of(item: pytest.Item) -> tuple[str, ...]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
-    for mark in item.iter_markers("clause"):
-        for id_ in mark.args:
-            if report.when == "call" and report.passed:
-                _decided[id_].update(_impls_of(item))
-            elif report.failed:
-                _failed[id_].append(item.nodeid)
+    for id_ in _ids(item):
+        if report.when == "call" and report.passed:
+            _decided[id_].update(_impls_of(item))
+        elif report.failed:
+            _failed[id_].append(item.nodeid)
     return report
 
 
@@ -119,9 +124,42 @@ def _gaps(levels: dict[str, dict[str, Any]]) -> list[str]:
     return gaps
 
 
+def _seen() -> dict[str, Any]:
+    """What this process saw, in types that can be sent to another one."""
+    from kvspec.conformance.watch import reached
+
+    return {
+        "decided": {id_: sorted(impls) for id_, impls in _decided.items()},
+        "failed": dict(_failed),
+        "killed": dict(_killed),
+        "reached": [(impl, id_, count) for (impl, id_), count in reached.items()],
+    }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist is done: add what it saw."""
+    from kvspec.conformance.watch import reached
+
+    seen = getattr(node, "workeroutput", {}).get("clauses")
+    if seen is None:
+        return
+    for id_, impls in seen["decided"].items():
+        _decided[id_].update(impls)
+    for id_, tests in seen["failed"].items():
+        _failed[id_] += tests
+    for id_, mutants in seen["killed"].items():
+        _killed[id_] += mutants
+    for impl, id_, count in seen["reached"]:
+        reached[impl, id_] += count
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["clauses"] = _seen()
+        return
     gate, path = config.getoption("--clause-gate"), config.getoption("--clause-report")
     if not gate and not path:
         return

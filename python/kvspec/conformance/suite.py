@@ -45,6 +45,8 @@ class Conformance:
     """Base of the suites. `impl` is the namespace under test."""
 
     impl: Any
+    law: object = None
+    """Has the clauses that the names stand for which shared tests are marked with."""
 
     @property
     def impl_name(self) -> str:

@@ -36,7 +36,7 @@ def _count(impl: str, rooms: tuple[str, ...], seen: Mapping[str, object]) -> Non
         for id_, code, of_construction in _antecedents(room):
             if seen["call"] == "__init__" and not of_construction:
                 continue
-            if eval(code, {"__builtins__": __builtins__}, seen):
+            if eval(code, {"__builtins__": __builtins__, **seen}):
                 reached[impl, id_] += 1
 
 

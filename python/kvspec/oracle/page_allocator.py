@@ -1,7 +1,5 @@
 """The allocator of KV pages. Spec: PAGE; the books are those of the slot allocator."""
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from kvspec.errors import ContractError
@@ -16,11 +14,11 @@ class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     """Whole pages, of which page 0 is the sink (PAGE-1, PAGE-2)."""
 
     room = "page_allocator"
-    unit = "page"
     clauses = Clauses(
         books="PAGE-1",
         sink="PAGE-2",
         amount="PAGE-5",
+        requests="PAGE-8",
         given_back="PAGE-10",
         group="PAGE-12",
         ticket="PAGE-15",
@@ -77,23 +75,24 @@ class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     ) -> None:
         if not len(prefixes) == len(lengths) == len(last):
             raise ContractError(
-                "PAGE-8: the lists of requests have"
+                f"{self.clauses.requests}: the lists of requests have"
                 f" {len(prefixes)}, {len(lengths)} and {len(last)} entries"
             )
         continued = dict[int, int]()
         for request, (prefix, length, slot) in enumerate(zip(prefixes, lengths, last, strict=True)):
             fault = self._fault(prefix, length, slot)
             if fault:
-                raise ContractError(f"PAGE-8: request {request} {fault}")
+                raise ContractError(f"{self.clauses.requests}: request {request} {fault}")
             if prefix % self.page_size and prefix < length:
                 page = slot // self.page_size
                 if page in continued:
-                    both = f"{continued[page]} and {request}"
-                    raise ContractError(f"PAGE-8: requests {both} continue the same page {page}")
+                    both = f"requests {continued[page]} and {request} continue the same page"
+                    raise ContractError(f"{self.clauses.requests}: {both} {page}")
                 continued[page] = request
         new = sum(lengths) - sum(prefixes)
         if new != tokens:
-            raise ContractError(f"PAGE-8: extend_num_tokens is {tokens}, but {new} are new")
+            what = f"extend_num_tokens is {tokens}, but {new} are new"
+            raise ContractError(f"{self.clauses.requests}: {what}")
 
     def _fault(self, prefix: int, length: int, slot: int) -> str:
         page, offset = divmod(slot, self.page_size)
@@ -106,15 +105,3 @@ class PagedTokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         if offset != (prefix - 1) % self.page_size:
             return f"continues slot {slot}, where token {prefix - 1} cannot be"
         return ""
-
-    def _given_back(self, slots: list[int]) -> list[int]:
-        held = self.held
-        for slot in slots:
-            self._refuse_not_held(slot // self.page_size, held)
-        return self._in_order({slot // self.page_size for slot in slots})
-
-    def _in_order(self, pages: Iterable[int]) -> list[int]:
-        return sorted(pages)
-
-    def _waiting(self, before: list[int], pages: list[int]) -> list[int]:
-        return pages + before

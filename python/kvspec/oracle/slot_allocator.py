@@ -5,8 +5,7 @@ Every page of 1 .. P is in exactly one place (SLOT-1, PAGE-1); at page size 1 a 
     |free| + |release| + |pending| + |held| = P
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ class Clauses(NamedTuple):
     books: str
     sink: str
     amount: str
+    requests: str
     given_back: str
     group: str
     ticket: str
@@ -42,11 +42,12 @@ class Ticket(NamedTuple):
     """How many pages had been handed out in that epoch."""
 
 
-class BaseTokenToKVPoolAllocator(Reporter, ABC):
-    """The books of pages; the order in which they wait is left to `_waiting`."""
+class BaseTokenToKVPoolAllocator(Reporter):
+    """The books of pages, in one of two orders: see `queue`."""
 
     clauses: Clauses
-    unit: str
+    size_name = "size"
+    """What the constructor calls the size."""
 
     def __init__(
         self,
@@ -61,7 +62,8 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
             raise ContractError(f"{self.clauses.argument}: page_size is {page_size}")
         if not 0 <= size < 2**31 - page_size:
             raise ContractError(
-                f"{self.clauses.argument}: size is {size}, not in 0 .. {2**31 - page_size - 1}"
+                f"{self.clauses.argument}: {self.size_name} is {size},"
+                f" not in 0 .. {2**31 - page_size - 1}"
             )
         self.size, self.page_size = size, page_size
         self.dtype, self.device, self.need_sort = dtype, str(device), need_sort
@@ -77,6 +79,18 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
         self.pending: list[int] = []
         self.group = False
         self.handed_out: list[int] = []
+
+    @property
+    def queue(self) -> bool:
+        """Whether a slot is named once and goes last (SLOT-5, SLOT-6); else any slot names its
+        page, and what is given back goes, ascending, to the head (PAGE-9, PAGE-16).
+        """
+        return False
+
+    @property
+    def unit(self) -> str:
+        """What a page is called."""
+        return "slot" if self.queue else "page"
 
     @property
     def page_count(self) -> int:
@@ -133,7 +147,7 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
         self._guard("free_group_begin")
         if self.group:
             raise ContractError(f"{self.clauses.group}: a free group is open already")
-        self.group = True
+        self._open_group()
         self._end_epoch("a free group was opened")
         self._report("free_group_begin")
 
@@ -142,9 +156,7 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
         self._guard("free_group_end")
         if not self.group:
             raise ContractError(f"{self.clauses.group}: no free group is open")
-        pages = self._in_order(self.pending)
-        self.pending, self.group = [], False
-        self._put_back(pages)
+        pages = self._close_group()
         self._end_epoch("a free group was closed")
         self._report("free_group_end", self._slots(pages))
 
@@ -161,9 +173,7 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
             raise ContractError(
                 f"{self.clauses.ticket}: the ticket is no longer valid: {self._ended_by} since"
             )
-        pages = self.handed_out[state.taken :]
-        self.free_list = pages + self.free_list
-        self._pages_moved += len(pages)
+        pages = self._take_back(state.taken)
         self._end_epoch("a state was restored")
         self._report_moved("restore_state", pages)
 
@@ -214,19 +224,50 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
         }
 
     def _odd_amount(self, need_size: int) -> str:
-        return f"alloc({need_size}) but page_size is {self.page_size}"
+        why = "is negative" if self.queue else f"but page_size is {self.page_size}"
+        return f"alloc({need_size}) {why}"
 
-    @abstractmethod
     def _given_back(self, slots: list[int]) -> list[int]:
-        """The pages that these slots give back, in the order in which they go into a list."""
+        """The pages that `free` gives back, in the order in which they go into a list."""
+        held = self.held
+        pages = self._named(
+            "free",
+            slots,
+            lambda page: self._unheld(page, held),
+            clause=self.clauses.given_back,
+            once=self.queue,
+        )
+        return self._in_order(pages)
 
-    @abstractmethod
+    def _named(
+        self, call: str, slots: list[int], fault: Callable[[int], str], *, clause: str, once: bool
+    ) -> list[int]:
+        """The pages that slots name, in the order of their first slot; refuses the first fault."""
+        pages = dict[int, None]()
+        for slot in slots:
+            page = slot // self.page_size
+            why = " twice" if once and page in pages else fault(page)
+            if why:
+                raise ContractError(f"{clause}: {call} names {self.unit} {page}{why}")
+            pages[page] = None
+        return list(pages)
+
     def _in_order(self, pages: Iterable[int]) -> list[int]:
         """Pages given back at one time, in the order in which they go into a list."""
+        return list(pages) if self.queue else sorted(pages)
 
-    @abstractmethod
     def _waiting(self, before: list[int], pages: list[int]) -> list[int]:
         """A list after these pages were put into it."""
+        return before + pages if self.queue else pages + before
+
+    def _open_group(self) -> None:
+        self.group = True
+
+    def _close_group(self) -> list[int]:
+        pages = self._in_order(self.pending)
+        self.pending, self.group = [], False
+        self._put_back(pages)
+        return pages
 
     def _put_back(self, pages: list[int]) -> None:
         if self.group:
@@ -248,6 +289,13 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
         self._pages_moved += page_count
         return pages
 
+    def _take_back(self, taken: int) -> list[int]:
+        """Put the pages handed out after the first `taken` back at the head."""
+        pages = self.handed_out[taken:]
+        self.free_list = pages + self.free_list
+        self._pages_moved += len(pages)
+        return pages
+
     def _merge(self) -> None:
         self.free_list, self.release = sorted(self.free_list + self.release), []
         self._merges += 1
@@ -265,28 +313,27 @@ class BaseTokenToKVPoolAllocator(Reporter, ABC):
         if pages:
             self._report(name, self._slots(pages))
 
-    def _refuse_not_held(self, page: int, held: frozenset[int]) -> None:
-        if page not in held:
-            what = f"free names {self.unit} {page}, which {self._why_not_held(page)}"
-            raise ContractError(f"{self.clauses.given_back}: {what}")
-
-    def _why_not_held(self, page: int) -> str:
+    def _unheld(self, page: int, held: frozenset[int]) -> str:
+        """Why a page cannot be given back, or nothing."""
+        if page in held:
+            return ""
         if page == 0:
-            return "is the sink"
+            return ", which is the sink"
         if not 0 < page <= self.page_count:
-            return f"is out of range 1 .. {self.page_count}"
-        return "is pending" if page in self.pending else "is free"
+            return f", which is out of range 1 .. {self.page_count}"
+        return ", which is pending" if page in self.pending else ", which is free"
 
 
 class TokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
     """A queue of slots (SLOT-1)."""
 
     room = "slot_allocator"
-    unit = "slot"
+    queue = True
     clauses = Clauses(
         books="SLOT-1",
         sink="SLOT-1",
         amount="SLOT-4",
+        requests="",
         given_back="SLOT-5",
         group="SLOT-8",
         ticket="SLOT-10",
@@ -297,20 +344,3 @@ class TokenToKVPoolAllocator(BaseTokenToKVPoolAllocator):
         self, size: int, dtype: torch.dtype, device: str, kvcache: object, need_sort: bool
     ) -> None:
         super().__init__(size, 1, dtype, device, kvcache, need_sort)
-
-    def _odd_amount(self, need_size: int) -> str:
-        return f"alloc({need_size}) is negative"
-
-    def _given_back(self, slots: list[int]) -> list[int]:
-        held = self.held
-        for index, slot in enumerate(slots):
-            if slot in slots[:index]:
-                raise ContractError(f"{self.clauses.given_back}: free names slot {slot} twice")
-            self._refuse_not_held(slot, held)
-        return slots
-
-    def _in_order(self, pages: Iterable[int]) -> list[int]:
-        return list(pages)
-
-    def _waiting(self, before: list[int], pages: list[int]) -> list[int]:
-        return before + pages
