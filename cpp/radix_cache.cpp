@@ -1,5 +1,5 @@
-// Match, nodes, locks and handles.  Beside it: radix_insert.cpp, radix_evict.cpp, and for what only
-// reads, radix_view.cpp.
+// Match, nodes, locks and handles.  Beside it: radix_insert.cpp, radix_evict.cpp, radix_window.cpp,
+// and for what only reads, radix_view.cpp.
 #include "kvspec/radix_cache.hpp"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ std::size_t common_count(const Token* one, const Token* other, std::size_t count
 }  // namespace
 
 RadixTree::RadixTree(std::int32_t page_size, std::string_view eviction_policy,
-                     std::string_view eviction_granularity)
+                     std::string_view eviction_granularity, std::int64_t sliding_window_size)
     : page_size_(page_size), self_(std::make_shared<const char>()) {
   if (page_size < 1) refuse("CACHE-17", "page_size is " + std::to_string(page_size));
   const auto known = std::find(kPolicies.begin(), kPolicies.end(), eviction_policy);
@@ -52,6 +52,13 @@ RadixTree::RadixTree(std::int32_t page_size, std::string_view eviction_policy,
   }
   policy_ = static_cast<EvictionPolicy>(known - kPolicies.begin());
   whole_nodes_ = eviction_granularity == "node";
+  if (sliding_window_size < 0) {
+    refuse("SWARADIX-19", "sliding_window_size is " + std::to_string(sliding_window_size));
+  }
+  window_pages_ = page_count_of(sliding_window_size);
+  if (has_windows() && (policy_ != EvictionPolicy::lru || whole_nodes_)) {
+    refuse("RADIX-14", "a tree with windows evicts by lru and page");
+  }
   reserve(1);
   make_root(make_name(""));
 }
@@ -60,15 +67,14 @@ RadixTree::RadixTree(std::int32_t page_size, std::string_view eviction_policy,
 
 RadixMatch RadixTree::match(std::string_view space, std::span<const Token> tokens) {
   evict_commit();
-  const NodeIndex root = find_root(space);
-  const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
+  const RadixWalk at = find(space, tokens);
   if (at.page_count == 0) return {Slots(0), handle_of(kNone, std::string(space))};
 
   Slots slots = matched_slots(at);
   NodeIndex end = at.node;
   if (at.offset < nodes_[end].page_count) {
     reserve(1);
-    end = split(end, copy_front(nodes_[end], at.offset));
+    end = split(end, copy_run(nodes_[end], 0, at.offset));
   }
   ++tick_;
   touch(end, 1, kNoPriority);
@@ -76,9 +82,14 @@ RadixMatch RadixTree::match(std::string_view space, std::span<const Token> token
 }
 
 RadixMatch RadixTree::peek(std::string_view space, std::span<const Token> tokens) const {
+  return {matched_slots(find(space, tokens)), std::nullopt};
+}
+
+// What a match of these tokens covers.
+RadixWalk RadixTree::find(std::string_view space, std::span<const Token> tokens) const {
   const NodeIndex root = find_root(space);
   const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
-  return {matched_slots(at), std::nullopt};
+  return has_windows() ? usable_end(at) : at;
 }
 
 Slots RadixTree::matched_slots(const RadixWalk& at) const {
@@ -171,6 +182,7 @@ void RadixTree::reserve(std::size_t node_count) {
   if (free_node_count_ < node_count) grow(nodes_, node_count - free_node_count_);
   children_.reserve(children_.count() + node_count);
   leaves_.reserve(nodes_.capacity());
+  if (has_windows()) windows_.reserve(nodes_.capacity());
 }
 
 RadixTree::NodeIndex RadixTree::take_node(NodeIndex parent) noexcept {
@@ -188,12 +200,14 @@ RadixTree::NodeIndex RadixTree::take_node(NodeIndex parent) noexcept {
   return index;
 }
 
-RadixTree::NodeIndex RadixTree::make_leaf(NodeIndex parent, RadixBuffer run) noexcept {
+RadixTree::NodeIndex RadixTree::make_leaf(NodeIndex parent, RadixRun run) noexcept {
   const NodeIndex index = take_node(parent);
   Node& node = nodes_[index];
-  node.data = std::move(run.data);
-  node.capacity = node.page_count = run.page_count;
-  node.born = tick_;
+  node.data = std::move(run.buffer.data);
+  node.capacity = node.page_count = run.buffer.page_count;
+  node.dead_count = run.dead_count;
+  node.depth = nodes_[parent].depth + nodes_[parent].page_count;
+  node.last = node.born = tick_;
   node.priority = kNoPriority;
   node.hash = hash_page(parent, tokens_of(node).data());
   children_.insert(node.hash, index);
@@ -201,6 +215,10 @@ RadixTree::NodeIndex RadixTree::make_leaf(NodeIndex parent, RadixBuffer run) noe
   ++nodes_[parent].child_count;
   requeue(parent);
   evictable_pages_ += node.page_count;
+  if (has_windows()) {
+    swa_evictable_pages_ += node.page_count - node.dead_count;
+    requeue_window(index);
+  }
   return index;
 }
 
@@ -226,9 +244,11 @@ void RadixTree::release_root_if_unused(NodeIndex index) noexcept {
   release_node(index);
 }
 
-RadixBuffer RadixTree::copy_front(const Node& node, std::uint32_t page_count) const {
-  const std::size_t token_count = page_count * static_cast<std::size_t>(page_size_);
-  return make_run(pages_of_node(node).first(page_count), tokens_of(node).first(token_count));
+RadixBuffer RadixTree::copy_run(const Node& node, std::size_t first,
+                                std::size_t page_count) const {
+  const auto unit = static_cast<std::size_t>(page_size_);
+  return make_run(pages_of_node(node).subspan(first, page_count),
+                  tokens_of(node).subspan(first * unit, page_count * unit));
 }
 
 // The lower part keeps its index, so that handles and receipts stay with the path's end, and its
@@ -242,6 +262,9 @@ RadixTree::NodeIndex RadixTree::split(NodeIndex lower_index, RadixBuffer run) no
   upper.hash = lower.hash;
   upper.child_count = 1;
   upper.lock_count = lower.lock_count;
+  upper.swa_lock_count = lower.swa_lock_count;
+  upper.dead_count = std::min(lower.dead_count, run.page_count);
+  upper.depth = lower.depth;
   upper.last = lower.last;
   upper.born = lower.born;
   upper.hits = lower.hits;
@@ -249,10 +272,13 @@ RadixTree::NodeIndex RadixTree::split(NodeIndex lower_index, RadixBuffer run) no
   children_.replace(upper.hash, lower_index, upper_index);
   lower.start += upper.page_count;
   lower.page_count -= upper.page_count;
+  lower.dead_count -= upper.dead_count;
+  lower.depth += upper.page_count;
   lower.parent = upper_index;
   lower.hash = hash_page(upper_index, tokens_of(lower).data());
   children_.insert(lower.hash, lower_index);
   shrink(lower);
+  if (has_windows()) requeue_window(upper_index);
   return upper_index;
 }
 
@@ -288,17 +314,25 @@ RadixReceipt RadixTree::lock(const RadixHandle& handle) {
   evict_commit();
   if (!is_current(handle)) refuse("CACHE-13", "the handle is stale");
   NodeIndex node = handle.node == kNone ? find_root(handle.space) : handle.node;
-  RadixReceipt receipt{handle, kNone, 0, 0};
+  if (has_windows() && handle.node != kNone && !ends_in_window(node)) {
+    refuse("SWARADIX-11", "the window of the handle's path is not live");
+  }
+  RadixHandle locked = handle;
   grow(receipts_, 1);
   if (node == kNone) {
     RadixSpaces::node_type name = make_name(handle.space);
     reserve(1);
     node = make_root(std::move(name));
+  } else if (has_windows()) {
+    cut_window(node);
   }
-  receipt.slot = open_receipt(node);
-  receipt.id = receipts_[receipt.slot].id;
-  receipt.delta = -add_lock(node);
-  return receipt;
+  return take_lock(std::move(locked), node);
+}
+
+RadixReceipt RadixTree::take_lock(RadixHandle&& handle, NodeIndex node) noexcept {
+  const bool ends_below_root = has_windows() && path_page_count(node) > window_pages_;
+  const std::uint32_t slot = open_receipt(node);
+  return {std::move(handle), slot, ends_below_root, receipts_[slot].id, -add_lock(node)};
 }
 
 std::int64_t RadixTree::unlock(const RadixReceipt& receipt) {
@@ -320,20 +354,13 @@ std::int64_t RadixTree::unlock(const RadixHandle& handle) {
 
 Slots RadixTree::path_slots(const RadixHandle& handle) const {
   if (!is_current(handle) || handle.node == kNone) return Slots(0);
-  RadixWalk end{handle.node, nodes_[handle.node].page_count, 0};
-  for (NodeIndex at = handle.node; at != kNone; at = nodes_[at].parent) {
-    end.page_count += nodes_[at].page_count;
-  }
-  return matched_slots(end);
+  return matched_slots({handle.node, nodes_[handle.node].page_count,
+                        static_cast<std::size_t>(path_page_count(handle.node))});
 }
 
 std::optional<std::int64_t> RadixTree::locked_token_count(const RadixReceipt& receipt) const {
   if (receipt.node.tree != self_ || !is_open(receipt)) return std::nullopt;
-  std::int64_t page_count = 0;
-  for (NodeIndex at = receipts_[receipt.slot].node; at != kNone; at = nodes_[at].parent) {
-    page_count += nodes_[at].page_count;
-  }
-  return page_count * page_size_;
+  return path_page_count(receipts_[receipt.slot].node) * page_size_;
 }
 
 bool RadixTree::is_open(const RadixReceipt& receipt) const noexcept {
@@ -381,6 +408,7 @@ std::int64_t RadixTree::add_lock(NodeIndex end) noexcept {
   }
   evictable_pages_ -= page_count;
   protected_pages_ += page_count;
+  if (has_windows()) change_window_lock(end, 1);
   requeue(end);
   return page_count * page_size_;
 }
@@ -392,6 +420,7 @@ std::int64_t RadixTree::remove_lock(NodeIndex end) noexcept {
   }
   evictable_pages_ += page_count;
   protected_pages_ -= page_count;
+  if (has_windows()) change_window_lock(end, -1);
   requeue(end);
   return page_count * page_size_;
 }
@@ -411,11 +440,14 @@ void RadixTree::reset() {
   free_node_count_ = 0;
   children_.clear();
   leaves_.clear();
+  windows_.clear();
   resident_.clear();
   receipts_.clear();
   free_receipt_ = kNone;
   evictable_pages_ = 0;
   protected_pages_ = 0;
+  swa_evictable_pages_ = 0;
+  swa_protected_pages_ = 0;
   ++epoch_;
   RadixSpaces::node_type empty = spaces_.extract(spaces_.find(""));
   spaces_.clear();

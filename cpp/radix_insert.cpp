@@ -1,4 +1,5 @@
-// Insert: what would become of the caller's pages, and making them resident.
+// Insert: what would become of the caller's pages, and making them resident.  What their pairs
+// change is in radix_window.cpp.
 #include <algorithm>
 
 #include "kvspec/contract.hpp"
@@ -6,26 +7,16 @@
 #include "radix_parts.hpp"
 
 namespace kvspec {
-namespace {
-
-void append(std::vector<Interval>& intervals, std::int64_t start, std::int64_t stop) {
-  if (start == stop) return;
-  if (!intervals.empty() && intervals.back().stop == start) {
-    intervals.back().stop = stop;
-  } else {
-    intervals.push_back({start, stop});
-  }
-}
-
-}  // namespace
-
 InsertPlan RadixTree::plan_insert(std::string_view space, std::span<const Token> tokens,
                                   std::span<const std::int64_t> slots) {
   if (slots.size() != tokens.size()) {
     refuse("CACHE-10", std::to_string(slots.size()) + " slots were given for " +
                            std::to_string(tokens.size()) + " tokens");
   }
-  return plan_pages(space, tokens, pages_of(slots, page_size_));
+  InsertPlan plan = plan_pages(space, tokens, pages_of(slots, page_size_));
+  const auto whole = static_cast<std::ptrdiff_t>(plan.reach) * page_size_;
+  if (has_windows()) plan.tail_slots.assign(slots.begin() + whole, slots.end());
+  return plan;
 }
 
 InsertPlan RadixTree::plan_pages(std::string_view space, std::span<const Token> tokens,
@@ -45,43 +36,57 @@ InsertPlan RadixTree::plan_pages(std::string_view space, std::span<const Token> 
 
 InsertPlan RadixTree::plan_row(std::string_view space, std::span<const Token> tokens,
                                std::span<const std::int64_t> row, std::int64_t protected_count,
-                               const RadixReceipt* receipt) {
+                               const RadixReceipt* receipt, bool locks) {
   evict_commit();
   std::vector<PageId> pages = pages_of_row(row, page_size_);
   const NodeIndex root = find_root(space);
   const RadixWalk at = root == kNone ? RadixWalk{kNone, 0, 0} : walk(root, tokens);
   InsertPlan plan = compare(at, std::move(pages), tokens.size());
+  plan.is_row = true;
+  plan.locks = locks;
   require_lock(plan, at, protected_count, receipt);
   if (const auto conflict = find_conflict(plan)) {
     const std::string page = "page " + std::to_string(conflict->page);
     if (conflict->twice) refuse("CACHE-5", page + " is twice in the row");
-    if (conflict->index < plan.whole_count) refuse_conflict(*conflict);
-    refuse("CACHE-5", page + " beyond the whole ones is in the tree");
+    if (conflict->index < plan.reach) refuse_conflict(*conflict);
+    refuse("CACHE-5", page + " beyond the reach is in the tree");
   }
   prepare(plan, at, space, tokens);
   return plan;
 }
 
-// What the tree holds along the key, and what becomes of the caller's pages (CACHE-8).
+// What the tree holds along the key, and what becomes of the caller's pages.
 InsertPlan RadixTree::compare(const RadixWalk& at, std::vector<PageId> pages,
                               std::size_t token_count) const {
   InsertPlan plan;
-  plan.whole_count = token_count / static_cast<std::size_t>(page_size_);
+  plan.token_count = token_count;
+  plan.reach = token_count / static_cast<std::size_t>(page_size_);
   plan.resident.resize(at.page_count);
   copy_pages(at, plan.resident);
-  for (std::size_t start = 0; start < at.page_count;) {
-    const bool same = pages[start] == plan.resident[start];
+  plan.pages = std::move(pages);
+  sort_slots(plan);
+  return plan;
+}
+
+// The four classes of the caller's slots (CACHE-8).
+void RadixTree::sort_slots(InsertPlan& plan) const {
+  plan.shared.clear();
+  plan.duplicate.clear();
+  plan.adopted.clear();
+  plan.tail.clear();
+  const auto position = [this](std::size_t page) {
+    return static_cast<std::int64_t>(page) * page_size_;
+  };
+  const std::size_t held = plan.resident.size();
+  for (std::size_t start = 0; start < held;) {
+    const bool same = plan.pages[start] == plan.resident[start];
     std::size_t stop = start + 1;
-    while (stop < at.page_count && (pages[stop] == plan.resident[stop]) == same) ++stop;
-    append(same ? plan.shared : plan.duplicate, static_cast<std::int64_t>(start) * page_size_,
-           static_cast<std::int64_t>(stop) * page_size_);
+    while (stop < held && (plan.pages[stop] == plan.resident[stop]) == same) ++stop;
+    append(same ? plan.shared : plan.duplicate, position(start), position(stop));
     start = stop;
   }
-  const std::int64_t whole = static_cast<std::int64_t>(plan.whole_count) * page_size_;
-  append(plan.adopted, static_cast<std::int64_t>(at.page_count) * page_size_, whole);
-  append(plan.tail, whole, static_cast<std::int64_t>(token_count));
-  plan.pages = std::move(pages);
-  return plan;
+  append(plan.adopted, position(held), position(plan.reach));
+  append(plan.tail, position(plan.reach), static_cast<std::int64_t>(plan.token_count));
 }
 
 // The first page that the tree may not take, if there is one; makes room in the set of pages.
@@ -149,37 +154,62 @@ void RadixTree::require_lock(const InsertPlan& plan, const RadixWalk& at,
   }
 }
 
-// Takes all the memory that carrying the plan out will need.
+// Makes the parts of the plan for the whole key; with windows they are to be cut.
 void RadixTree::prepare(InsertPlan& plan, const RadixWalk& at, std::string_view space,
                         std::span<const Token> tokens) {
   const auto unit = static_cast<std::size_t>(page_size_);
   plan.space = space;
   plan.node = at.node;
+  if (const std::size_t count = plan.reach - at.page_count; count > 0) {
+    RadixBuffer run = make_run(std::span<const PageId>(plan.pages).subspan(at.page_count, count),
+                               tokens.subspan(at.page_count * unit, count * unit));
+    plan.added.push_back({std::move(run), 0});
+  }
+  if (at.node == kNone && (plan.locks || !plan.added.empty())) plan.new_space = make_name(space);
+  if (has_windows()) return;
   if (at.page_count > 0 && at.offset < nodes_[at.node].page_count) {
-    plan.upper = copy_front(nodes_[at.node], at.offset);
+    plan.cuts.push_back({at.node, copy_run(nodes_[at.node], 0, at.offset), 0});
   }
-  if (const std::size_t count = plan.whole_count - at.page_count; count > 0) {
-    plan.added = make_run(std::span<const PageId>(plan.pages).subspan(at.page_count, count),
-                          tokens.subspan(at.page_count * unit, count * unit));
-    if (at.node == kNone) plan.new_space = make_name(space);
-  }
-  reserve(3);          // a root, an upper part and a leaf
-  grow(receipts_, 1);  // so that what was inserted can be locked
+  complete(plan);
+}
+
+// Takes the rest of the memory that carrying the plan out, and locking its handle, will need.
+void RadixTree::complete(InsertPlan& plan) {
+  reserve(1 + plan.cuts.size() + plan.added.size());  // a root, parts of nodes and leaves
+  grow(receipts_, 1);
   plan.version = version_;
 }
 
-RadixHandle RadixTree::commit_insert(InsertPlan plan, std::int64_t priority) {
+// The end of the plan's reach, or kNone where its namespace has no root.
+RadixTree::NodeIndex RadixTree::carry_out(InsertPlan& plan, std::int64_t priority) {
   if (plan.version != version_) {
     refuse("CACHE-7", "the tree has changed since the insert was planned");
   }
   ++tick_;
   NodeIndex end = plan.node;
   if (!plan.new_space.empty()) end = make_root(std::move(plan.new_space));
-  if (plan.upper.data != nullptr) end = split(end, std::move(plan.upper));
-  if (plan.added.data != nullptr) end = make_leaf(end, std::move(plan.added));
+  for (RadixCut& cut : plan.cuts) {
+    const bool whole = cut.upper.data == nullptr;
+    const NodeIndex part = whole ? cut.node : split(cut.node, std::move(cut.upper));
+    if (has_windows()) set_dead_count(part, cut.dead_count);
+    if (cut.node == plan.node) end = part;
+  }
+  for (RadixRun& run : plan.added) end = make_leaf(end, std::move(run));
+  if (end != kNone && !is_root(nodes_[end])) touch(end, 0, priority);
+  return end;
+}
+
+RadixHandle RadixTree::commit_insert(InsertPlan plan, std::int64_t priority) {
+  const NodeIndex end = carry_out(plan, priority);
   if (end == kNone || is_root(nodes_[end])) return handle_of(kNone, std::move(plan.space));
-  touch(end, 0, priority);
   return handle_of(end, {});
+}
+
+RadixReceipt RadixTree::commit_row(InsertPlan plan) {
+  if (!plan.locks) refuse("CACHE-7", "the insert was planned without a lock");
+  const NodeIndex end = carry_out(plan, 0);
+  if (is_root(nodes_[end])) return take_lock(handle_of(kNone, std::move(plan.space)), end);
+  return take_lock(handle_of(end, {}), end);
 }
 
 }  // namespace kvspec

@@ -30,6 +30,16 @@ inline RadixBuffer make_run(std::span<const PageId> pages, std::span<const Token
   return run;
 }
 
+// Adds [start, stop) to ascending intervals, unless it is empty.
+inline void append(std::vector<Interval>& intervals, std::int64_t start, std::int64_t stop) {
+  if (start == stop) return;
+  if (!intervals.empty() && intervals.back().stop == start) {
+    intervals.back().stop = stop;
+  } else {
+    intervals.push_back({start, stop});
+  }
+}
+
 // The name of a namespace, ready to be put in the map without an allocation.
 inline RadixSpaces::node_type make_name(std::string_view space) {
   RadixSpaces fresh;

@@ -65,8 +65,20 @@ Slots RadixTree::resident_slots() const {
   return slots_of(resident_.sorted(), page_size_);
 }
 
+std::vector<PageId> RadixTree::resident_pages(bool tombstones) const {
+  std::vector<PageId> found;
+  for (const NodeIndex index : resident_nodes()) {
+    const std::span<const PageId> pages = pages_of_node(nodes_[index]);
+    const std::size_t dead_count = nodes_[index].dead_count;
+    const auto chosen = tombstones ? pages.first(dead_count) : pages.subspan(dead_count);
+    found.insert(found.end(), chosen.begin(), chosen.end());
+  }
+  return found;
+}
+
 RadixCounters RadixTree::counters() const noexcept {
-  return {tokens_compared_, static_cast<std::int64_t>(leaves_.move_count()), leaves_evicted_};
+  const auto moves = static_cast<std::int64_t>(leaves_.move_count() + windows_.move_count());
+  return {tokens_compared_, moves, leaves_evicted_};
 }
 
 std::vector<RadixTree::NodeIndex> RadixTree::resident_nodes() const {
@@ -100,7 +112,8 @@ std::vector<RadixPage> RadixTree::pages() const {
       const std::span<const Token> tokens = tokens_of(node).subspan(at * unit, unit);
       path.tokens.insert(path.tokens.end(), tokens.begin(), tokens.end());
       const bool cut = whole_nodes_ && at + 1 == pages.size();
-      all.push_back({path, pages[at], node.lock_count, last, born, node.hits, node.priority, cut});
+      all.push_back({path, pages[at], node.lock_count, last, born, node.hits, node.priority, cut,
+                     at < node.dead_count, node.swa_lock_count});
     }
   }
   std::sort(all.begin(), all.end(), [](const RadixPage& one, const RadixPage& other) {
@@ -166,7 +179,9 @@ std::uint64_t RadixTree::digest() const {
       page = mix(page, static_cast<std::uint64_t>(node.hits));
       page = mix(page, static_cast<std::uint64_t>(node.priority));
       page = mix(page, node.lock_count);
-      sum += mix(page, whole_nodes_ && at + 1 == node.page_count ? 1 : 0);
+      page = mix(page, whole_nodes_ && at + 1 == node.page_count ? 1 : 0);
+      page = mix(page, at < node.dead_count ? 1 : 0);
+      sum += mix(page, node.swa_lock_count);
     }
   }
   std::uint64_t receipts = mix(kDigestStart, open_receipt_count_);
@@ -181,6 +196,7 @@ void RadixTree::check() const {
   check_pages();
   check_locks();
   check_sizes();
+  if (has_windows()) check_windows();
 }
 
 // Every node hangs below a root, and its parent finds it by its first page.
@@ -195,6 +211,9 @@ void RadixTree::check_links() const {
     if (node.page_count == 0 || node.data == nullptr ||
         std::uint64_t{node.start} + node.page_count > node.capacity) {
       broken("RADIX-5", index, "holds pages that it does not have");
+    }
+    if (node.depth != path_page_count(node.parent)) {
+      broken("RADIX-5", index, "is not where its path ends");
     }
     ++child_counts[node.parent];
   }
@@ -253,6 +272,7 @@ void RadixTree::check_locks() const {
 
 // The sizes are right, and the queue holds the evictable leaves in order.
 void RadixTree::check_sizes() const {
+  const std::string_view clause = has_windows() ? "SWARADIX-10" : "RADIX-7";
   std::int64_t evictable = 0;
   std::int64_t locked = 0;
   std::size_t leaf_count = 0;
@@ -261,21 +281,82 @@ void RadixTree::check_sizes() const {
     (node.lock_count == 0 ? evictable : locked) += node.page_count;
     if (!is_evictable_leaf(node)) continue;
     ++leaf_count;
-    if (!leaves_.contains(index)) broken("RADIX-7", index, "cannot be evicted");
+    if (!leaves_.contains(index)) broken(clause, index, "cannot be evicted");
   }
-  for (const LeafHeap::Entry& entry : leaves_.entries()) {
-    if (key_of(nodes_[entry.node]) != entry.key) broken("RADIX-7", entry.node, "is out of order");
+  for (const NodeHeap::Entry& entry : leaves_.entries()) {
+    if (key_of(nodes_[entry.node]) != entry.key) broken(clause, entry.node, "is out of order");
   }
   if (leaves_.entries().size() != leaf_count || !leaves_.is_sound()) {
-    refuse("RADIX-7", "the queue of evictable leaves is not sound");
+    refuse(clause, "the queue of evictable leaves is not sound");
   }
   if (evictable != evictable_pages_) {
-    refuse("RADIX-7", "evictable_size() is " + std::to_string(evictable_token_count()) + ", not " +
+    refuse(clause, "evictable_size() is " + std::to_string(evictable_token_count()) + ", not " +
                           std::to_string(evictable * page_size_));
   }
   if (locked != protected_pages_) {
-    refuse("RADIX-7", "protected_size() is " + std::to_string(protected_token_count()) + ", not " +
+    refuse(clause, "protected_size() is " + std::to_string(protected_token_count()) + ", not " +
                           std::to_string(locked * page_size_));
+  }
+}
+
+void RadixTree::check_windows() const {
+  for (const NodeIndex index : resident_nodes()) {
+    const Node& node = nodes_[index];
+    if (node.dead_count > node.page_count) broken("SWARADIX-10", index, "has lost what it had not");
+    if (node.child_count == 0 && is_tombstone_run(node)) {
+      broken("SWARADIX-7", index, "is a leaf that ends in a tombstone");
+    }
+  }
+  check_window_locks();
+  check_window_sizes();
+}
+
+void RadixTree::check_window_locks() const {
+  std::vector<std::uint32_t> lock_counts(nodes_.size(), 0);
+  for (const NodeIndex end : locked_nodes()) {
+    std::int64_t left = std::min(window_pages_, path_page_count(end));
+    for (NodeIndex index = end; left > 0; index = nodes_[index].parent) {
+      ++lock_counts[index];
+      left -= nodes_[index].page_count;
+    }
+    if (left < 0) broken("SWARADIX-9", end, "ends a window that begins inside a node");
+  }
+  for (const NodeIndex index : resident_nodes()) {
+    if (nodes_[index].swa_lock_count != lock_counts[index]) {
+      broken("SWARADIX-9", index,
+             "has " + std::to_string(nodes_[index].swa_lock_count) + " window locks, but " +
+                 std::to_string(lock_counts[index]) + " open receipts' windows cover it");
+    }
+  }
+}
+
+// The sizes are right, and the queue holds what has evictable pairs, by keys that are not ahead.
+void RadixTree::check_window_sizes() const {
+  std::int64_t evictable = 0;
+  std::int64_t locked = 0;
+  std::size_t queued = 0;
+  for (const NodeIndex index : resident_nodes()) {
+    const Node& node = nodes_[index];
+    (node.swa_lock_count == 0 ? evictable : locked) += node.page_count - node.dead_count;
+    if (!has_evictable_pairs(node)) continue;
+    ++queued;
+    if (!windows_.contains(index)) broken("SWARADIX-10", index, "has pairs that cannot be evicted");
+  }
+  for (const NodeHeap::Entry& entry : windows_.entries()) {
+    if (window_key(nodes_[entry.node]) < entry.key) {
+      broken("SWARADIX-10", entry.node, "is queued behind its place");
+    }
+  }
+  if (windows_.entries().size() != queued || !windows_.is_sound()) {
+    refuse("SWARADIX-10", "the queue of evictable pairs is not sound");
+  }
+  if (evictable != swa_evictable_pages_) {
+    refuse("SWARADIX-10", "swa_evictable_size() is " + std::to_string(swa_evictable_token_count()) +
+                              ", not " + std::to_string(evictable * page_size_));
+  }
+  if (locked != swa_protected_pages_) {
+    refuse("SWARADIX-10", "swa_protected_size() is " + std::to_string(swa_protected_token_count()) +
+                              ", not " + std::to_string(locked * page_size_));
   }
 }
 

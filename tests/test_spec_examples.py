@@ -33,10 +33,13 @@ def names(impl: ModuleType) -> dict[str, Any]:
     return {
         "numbers": numbers,
         "paged": partial(with_defaults, impl.PagedTokenToKVPoolAllocator, memory),
+        "swa": partial(with_defaults, impl.SWATokenToKVPoolAllocator, memory | {"page_size": 1}),
         "token": partial(with_defaults, impl.TokenToKVPoolAllocator, memory),
         "rows": partial(with_defaults, impl.ReqToTokenPool, table),
         "decode_rows": partial(with_defaults, impl.DecodeReqToTokenPool, table),
         "radix": partial(System.make, impl),
+        "swaradix": partial(System.make, impl, kind="swaradix"),
+        "swachunk": partial(System.make, impl, kind="swachunk", handed_out=False),
         "page_hashes": kvspec.page_hashes,
         "namespace_frame": oracle.namespace_frame,
     }

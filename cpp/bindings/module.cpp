@@ -9,6 +9,7 @@ void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
 void bind_request_pool(nb::module_& m);
 void bind_slot_allocator(nb::module_& m);
+void bind_swa_allocator(nb::module_& m);
 
 NB_MODULE(_core, m) {
   // Imported at the first throw: stub generation loads this module outside the package.
@@ -25,6 +26,7 @@ NB_MODULE(_core, m) {
   m.def("cuda_at_build", [] { return static_cast<bool>(KVSPEC_HAS_CUDA); });
   bind_slot_allocator(m);
   bind_page_allocator(m);
+  bind_swa_allocator(m);
   bind_request_pool(m);
   bind_radix_cache(m);
 }

@@ -115,12 +115,12 @@ nb::object slots(std::span<const PageId> pages, std::int32_t page_size) {
   return kvspec::bindings::tensor(kvspec::slots_of(pages, page_size));
 }
 
-kvspec::Slots first_slots(std::span<const PageId> pages, std::int32_t page_size) {
+nb::object first_slots(std::span<const PageId> pages, std::int32_t page_size) {
   kvspec::Slots firsts(pages.size());
   std::ranges::transform(pages, firsts.span().begin(), [page_size](PageId page) {
     return static_cast<std::int64_t>(page) * page_size;
   });
-  return firsts;
+  return kvspec::bindings::tensor(std::move(firsts));
 }
 
 // A plan, and the page size that its positions are counted with.
@@ -132,7 +132,7 @@ struct Plan : InsertPlan {
   std::int64_t prefix_count() const {
     return static_cast<std::int64_t>(resident.size()) * page_size;
   }
-  std::int64_t token_count() const { return static_cast<std::int64_t>(whole_count) * page_size; }
+  std::int64_t reach_count() const { return static_cast<std::int64_t>(reach) * page_size; }
 
   nb::object duplicate_slots() const {
     std::vector<PageId> chosen;
@@ -152,10 +152,40 @@ struct Plan : InsertPlan {
 
   nb::object tree_slots(std::int64_t start) const {
     std::vector<PageId> held(pages);
-    held.resize(whole_count);
+    held.resize(reach);
     std::copy(resident.begin(), resident.end(), held.begin());
-    const std::int64_t first = std::clamp(start, std::int64_t{0}, token_count()) / page_size;
+    const std::int64_t first = std::clamp(start, std::int64_t{0}, reach_count()) / page_size;
     return slots({held.data() + first, held.data() + held.size()}, page_size);
+  }
+
+  nb::object gained_slots() const {
+    std::vector<PageId> gained(pages.begin() + std::ssize(resident),
+                               pages.begin() + static_cast<std::ptrdiff_t>(reach));
+    for (const std::size_t at : revived) gained.push_back(resident[at]);
+    return slots(gained, page_size);
+  }
+
+  nb::object named_slots() const {
+    kvspec::Slots named(reach + tail_slots.size());
+    const std::span<std::int64_t> slots = named.span();
+    for (std::size_t at = 0; at < reach; ++at) slots[at] = std::int64_t{pages[at]} * page_size;
+    std::ranges::copy(tail_slots, slots.begin() + static_cast<std::ptrdiff_t>(reach));
+    return kvspec::bindings::tensor(std::move(named));
+  }
+
+  nb::object revived_slots() const {
+    std::vector<PageId> tree;
+    std::vector<PageId> own;
+    for (const std::size_t at : revived) {
+      tree.push_back(resident[at]);
+      own.push_back(pages[at]);
+    }
+    return nb::make_tuple(first_slots(tree, page_size), first_slots(own, page_size));
+  }
+
+  nb::object pair_ranges() const {
+    return nb::make_tuple(intervals(swa.shared), intervals(swa.adopted), intervals(swa.duplicate),
+                          intervals(swa.tail));
   }
 };
 
@@ -177,16 +207,33 @@ Plan plan_insert(RadixTree& tree, const nb::bytes& frame, nb::handle tokens, nb:
 }
 
 Plan plan_row(RadixTree& tree, const nb::bytes& frame, nb::handle tokens, nb::handle row,
-              std::int64_t protected_count, const RadixReceipt* receipt) {
+              std::int64_t protected_count, const RadixReceipt* receipt, bool locks) {
   const Tokens key(tokens);
   const Integers given(row, "CACHE-5");
-  return {tree.plan_row(frame_of(frame), key.span(), given.span(), protected_count, receipt),
+  return {tree.plan_row(frame_of(frame), key.span(), given.span(), protected_count, receipt, locks),
           tree.page_size()};
 }
 
+void add_pairs(RadixTree& tree, Plan& plan, nb::handle pairs) {
+  if (pairs.is_none()) return tree.add_pairs(plan, {});
+  tree.add_pairs(plan, Integers(pairs, "SWA-20").span());
+}
+
+nb::tuple evict(RadixTree& tree, std::int64_t num_tokens, std::int64_t swa_num_tokens) {
+  const kvspec::RadixEviction done = tree.evict(num_tokens, swa_num_tokens);
+  const std::int32_t unit = tree.page_size();
+  const bool buried = !done.tombstones.empty();
+  return nb::make_tuple(first_slots(done.pages, unit),
+                        buried ? first_slots(done.tombstones, unit) : nb::none(),
+                        done.pair_count * unit);
+}
+
 RadixHandle commit_insert(RadixTree& tree, Plan& plan, std::int64_t priority) {
-  InsertPlan carried = std::exchange(static_cast<InsertPlan&>(plan), InsertPlan{});
-  return tree.commit_insert(std::move(carried), priority);
+  return tree.commit_insert(std::exchange<InsertPlan>(plan, InsertPlan{}), priority);
+}
+
+RadixReceipt commit_row(RadixTree& tree, Plan& plan) {
+  return tree.commit_row(std::exchange<InsertPlan>(plan, InsertPlan{}));
 }
 
 nb::object resolve(const RadixTree& tree, const RadixHandle& handle) {
@@ -199,7 +246,8 @@ nb::list pages(const RadixTree& tree) {
   for (const kvspec::RadixPage& page : tree.pages()) {
     all.append(nb::make_tuple(path(page.path),
                               nb::make_tuple(page.page, page.locks, page.last, page.born, page.hits,
-                                             page.priority, page.cut)));
+                                             page.priority, page.cut, page.tombstone,
+                                             page.swa_locks)));
   }
   return all;
 }
@@ -238,14 +286,13 @@ void def_values(nb::module_& m) {
   nb::class_<RadixReceipt>(m, "LockReceipt", "One lock, worth one unlock (CACHE-11, CACHE-12).")
       .def_ro("delta", &RadixReceipt::delta)
       .def_ro("node", &RadixReceipt::node)
-      .def_prop_ro("swa_uuid", [](const RadixReceipt&) { return nb::none(); },
-                   nb::sig("def swa_uuid(self) -> int | None"));
+      .def_prop_ro("swa_uuid", &RadixReceipt::swa_uuid);
 }
 
 void def_plan(nb::module_& m) {
   nb::class_<Plan>(m, "InsertPlan", "What an insert will do (CACHE-8); carried out once.")
       .def_prop_ro("prefix_len", &Plan::prefix_count)
-      .def_prop_ro("whole_len", &Plan::token_count)
+      .def_prop_ro("reach_len", &Plan::reach_count)
       .def_prop_ro("shared", [](const Plan& self) { return intervals(self.shared); },
                    nb::sig("def shared(self) -> list[tuple[int, int]]"))
       .def_prop_ro("adopted", [](const Plan& self) { return intervals(self.adopted); },
@@ -262,7 +309,18 @@ void def_plan(nb::module_& m) {
            "The caller's, by position, to the end of the last page.")
       .def("tree_slots", &Plan::tree_slots, "start"_a,
            nb::sig("def tree_slots(self, start: int) -> torch.Tensor"),
-           "What the tree will hold along the key from a position on.");
+           "What the tree will hold along the key from a position on.")
+      .def("gained_slots", &Plan::gained_slots, nb::sig("def gained_slots(self) -> torch.Tensor"),
+           "Those adopted, then those of the tree's tombstones that are revived.")
+      .def("named_slots", &Plan::named_slots, nb::sig("def named_slots(self) -> torch.Tensor"),
+           "Whose pairs `add_pairs` asks for: the whole pages' first slots, then the tail's.")
+      .def("revived_slots", &Plan::revived_slots,
+           nb::sig("def revived_slots(self) -> tuple[torch.Tensor, torch.Tensor]"),
+           "The first slots of the tree's pages that revive, and of the caller's (SWARADIX-5).")
+      .def("pair_ranges", &Plan::pair_ranges,
+           nb::sig("def pair_ranges(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], "
+                   "list[tuple[int, int]], list[tuple[int, int]]]"),
+           "Of the caller's window slots those shared, adopted, duplicate and tail (SWARADIX-6).");
 }
 
 void def_changes(nb::class_<RadixTree>& tree) {
@@ -273,22 +331,22 @@ void def_changes(nb::class_<RadixTree>& tree) {
       .def("plan_insert", &plan_insert, "frame"_a, "tokens"_a, "value"_a,
            "What an insert would do, and its memory (CACHE-8, CACHE-10).")
       .def("plan_row", &plan_row, "frame"_a, "tokens"_a, "row"_a, "protected_len"_a,
-           "receipt"_a.none(), "What caching a request's row would do (CACHE-5).")
+           "receipt"_a.none(), "locks"_a, "What caching a request's row would do (CACHE-5).")
+      .def("add_pairs", &add_pairs, "plan"_a, "pairs"_a.none(),
+           "Say which window slots the caller has, None for all (SWARADIX-3 to SWARADIX-6).")
       .def("commit_insert", &commit_insert, "plan"_a, "priority"_a,
            "Carry a plan out (CACHE-9, RADIX-4).")
-      .def("lock", &RadixTree::lock, "node"_a, "Lock a path (CACHE-11, CACHE-13).")
+      .def("commit_row", &commit_row, "plan"_a, "Carry one out and lock what it reaches (CACHE-2).")
+      .def("lock", &RadixTree::lock, "node"_a, "Lock a path (CACHE-11, CACHE-13, SWARADIX-11).")
       .def("unlock", nb::overload_cast<const RadixReceipt&>(&RadixTree::unlock), "node"_a,
            "Consume a receipt (CACHE-12, CACHE-13).")
       .def("unlock", nb::overload_cast<const RadixHandle&>(&RadixTree::unlock), "node"_a,
            "Consume the oldest open receipt of a node (CACHE-12, CACHE-13).")
-      .def(
-          "evict",
-          [](RadixTree& self, std::int64_t num_tokens) {
-            kvspec::Slots firsts = first_slots(self.evict(num_tokens), self.page_size());
-            return kvspec::bindings::tensor(std::move(firsts));
-          },
-          "num_tokens"_a, nb::sig("def evict(self, num_tokens: int) -> torch.Tensor"),
-          "The first slot of each page evicted (RADIX-8 to RADIX-13).")
+      .def("evict", &evict, "num_tokens"_a, "swa_num_tokens"_a = 0,
+           nb::sig("def evict(self, num_tokens: int, swa_num_tokens: int = 0) -> "
+                   "tuple[torch.Tensor, torch.Tensor | None, int]"),
+           "The first slot of each page evicted and of each tombstone made, if one is, and how "
+           "many window tokens went (RADIX-8 to RADIX-13, SWARADIX-12 to SWARADIX-14).")
       .def("evict_commit", &RadixTree::evict_commit, "Let the last eviction's memory go.")
       .def("evict_undo", &RadixTree::evict_undo, "Take the last eviction back.")
       .def("reset", &RadixTree::reset, "Forget every page (CACHE-15, CACHE-16).");
@@ -317,10 +375,20 @@ void def_reading(nb::class_<RadixTree>& tree) {
            "Refuse if one is open (CACHE-16).")
       .def("evictable_size", &RadixTree::evictable_token_count)
       .def("protected_size", &RadixTree::protected_token_count)
+      .def("swa_evictable_size", &RadixTree::swa_evictable_token_count)
+      .def("swa_protected_size", &RadixTree::swa_protected_token_count)
+      .def(
+          "first_slots",
+          [](const RadixTree& self, bool tombstones) {
+            return first_slots(self.resident_pages(tombstones), self.page_size());
+          },
+          "tombstones"_a, nb::sig("def first_slots(self, tombstones: bool) -> torch.Tensor"),
+          "The first slot of each live page, or of each tombstone.")
       .def("pages", &pages,
            nb::sig("def pages(self) -> list[tuple[tuple[bytes, tuple[int, ...]], "
-                   "tuple[int, int, int, int, int, int, bool]]]"),
-           "Of each resident page its path, and page, locks, last, born, hits, priority and cut.")
+                   "tuple[int, int, int, int, int, int, bool, bool, int]]]"),
+           "Of each resident page its path, and page, locks, last, born, hits, priority, cut, "
+           "tombstone and window locks.")
       .def("open_receipts", &open_receipts,
            nb::sig("def open_receipts(self) -> list[tuple[bytes, tuple[int, ...]]]"),
            "Paths of the open receipts, oldest first.")
@@ -341,8 +409,9 @@ void bind_radix_cache(nb::module_& m) {
   def_plan(m);
   nb::class_<RadixTree> tree(m, "RadixTree",
                              "Which pages hold the KV of which tokens. Spec: RADIX.");
-  tree.def(nb::init<std::int32_t, std::string_view, std::string_view>(), "page_size"_a,
-           "eviction_policy"_a, "eviction_granularity"_a);
+  tree.def(nb::init<std::int32_t, std::string_view, std::string_view, std::int64_t>(),
+           "page_size"_a, "eviction_policy"_a, "eviction_granularity"_a,
+           "sliding_window_size"_a = 0);
   def_changes(tree);
   def_reading(tree);
   m.def("whole_pages", &whole_pages, "row"_a, "page_size"_a, "clause"_a,

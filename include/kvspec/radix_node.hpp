@@ -1,4 +1,4 @@
-// What a radix tree is made of and what it answers.  Spec: CACHE, RADIX.
+// What a radix tree is made of and what it answers.  Spec: CACHE, RADIX, SWARADIX.
 #pragma once
 
 #include <cstddef>
@@ -39,8 +39,14 @@ struct RadixHandle {
 struct RadixReceipt {
   RadixHandle node;
   std::uint32_t slot;
+  bool ends_below_root;  // the window lock does, where there are windows
   std::uint64_t id;
   std::int64_t delta;  // minus the tokens that it took from the evictable ones
+
+  // Names the end of the window lock, if it has one.
+  std::optional<std::uint64_t> swa_uuid() const {
+    return ends_below_root ? std::optional(id) : std::nullopt;
+  }
 };
 
 struct RadixMatch {
@@ -63,6 +69,17 @@ struct RadixPage {
   std::int64_t hits;
   std::int64_t priority;
   bool cut;
+  bool tombstone;  // false without windows, as are swa_locks 0
+  std::uint32_t swa_locks;
+};
+
+// What an eviction took (SWARADIX-12, SWARADIX-13).
+struct RadixEviction {
+  std::vector<PageId> pages;       // that left
+  std::vector<PageId> tombstones;  // that it made and that stayed
+  std::int64_t pair_count = 0;     // pages that have lost their pair, of either kind
+
+  friend bool operator==(const RadixEviction&, const RadixEviction&) = default;
 };
 
 // Exact costs so far (RADIX-15).
@@ -83,6 +100,12 @@ struct RadixBuffer {
 };
 
 // A run of pages of one path with the same metadata; or the root of a namespace, which has none.
+// With windows the first pages of a run may be tombstones: as eviction takes those nearest to the
+// root first, a node is always
+//
+//     [0 ........ dead_count) [dead_count ........ page_count)
+//      tombstones              live
+//
 // What an eviction reads comes first: it fits one cache line.
 struct alignas(64) RadixNode {
   std::unique_ptr<std::int32_t[]> data;  // as in RadixBuffer, for `capacity` pages
@@ -93,6 +116,7 @@ struct alignas(64) RadixNode {
   std::uint32_t hash = 0;          // of the parent and the first page
   std::uint32_t child_count = 0;
   std::uint32_t lock_count = 0;
+  std::uint32_t dead_count = 0;
   std::uint64_t last = 0;
   std::uint64_t incarnation = 0;   // 0: evicted or free; otherwise unique in the tree
   std::int64_t hits = 0;
@@ -102,7 +126,10 @@ struct alignas(64) RadixNode {
   const std::string* space = nullptr;  // of a root: its name, kept in the tree's map
   std::uint32_t first_receipt = kNone;  // oldest open receipt of the node
   std::uint32_t last_receipt = kNone;
+  std::uint32_t depth = 0;             // pages of the path before it
+  std::uint32_t swa_lock_count = 0;    // window locks that cover it
 };
+static_assert(sizeof(RadixNode) == 128);
 
 // Where a key leaves the tree: `offset` pages of `node` matched, and `page_count` in all.
 struct RadixWalk {
@@ -126,11 +153,39 @@ struct RadixLock {
   std::uint32_t previous;
 };
 
-// What an eviction took from a leaf's end.
+// What an eviction did to a node: trimmed its end, took all of it, or took the pairs of its first
+// live pages.
+enum class RadixLoss : std::uint8_t { end, all, pairs };
+
 struct RadixVictim {
   std::uint32_t node;
   std::uint32_t page_count;
   std::uint64_t incarnation;  // before
+  RadixLoss loss;
+};
+
+// A part of a node on an insert's path, from what is left of its start on.
+struct RadixCut {
+  std::uint32_t node;
+  RadixBuffer upper;         // the part; without memory it is all that is left
+  std::uint32_t dead_count;  // of the part, after the insert
+};
+
+// A run of pages that become resident.
+struct RadixRun {
+  RadixBuffer buffer;
+  std::uint32_t dead_count;
+};
+
+// Of each page of a key 0 or 1.
+using RadixFlags = std::vector<std::uint8_t>;
+
+// What becomes of the caller's window slots, where it has one (SWARADIX-6).
+struct RadixPairRanges {
+  std::vector<Interval> shared;
+  std::vector<Interval> adopted;
+  std::vector<Interval> duplicate;
+  std::vector<Interval> tail;
 };
 
 // The distinct ticks of resident pages, ascending.
@@ -142,21 +197,28 @@ struct RadixRanks {
 // Roots by the name of their namespace.
 using RadixSpaces = std::map<std::string, std::uint32_t, std::less<>>;
 
-// What an insert will do.  Dropping it does nothing.
+// What an insert will do.  Dropping it does nothing.  In a tree with windows it can be carried out
+// once the pairs of the caller's pages have been added.
 struct InsertPlan {
-  std::vector<PageId> pages;     // the caller's; of a row, with those beyond the whole ones
-  std::size_t whole_count = 0;   // pages of the key
+  std::vector<PageId> pages;     // the caller's; of a row, also those after the whole ones
+  std::size_t reach = 0;         // pages of the key that will be resident
   std::vector<Interval> shared;
   std::vector<Interval> adopted;
   std::vector<Interval> duplicate;
   std::vector<Interval> tail;
-  std::vector<PageId> resident;  // what the tree held along the key, page for page
+  std::vector<PageId> resident;  // what the tree held along the key, page for page, in the reach
+  RadixPairRanges swa;           // with windows
+  std::vector<std::size_t> revived;  // positions, in pages, of tombstones that get a pair
 
+  std::size_t token_count = 0;       // of the key
+  std::vector<std::int64_t> tail_slots;  // the caller's after the whole pages; none of a row
+  bool is_row = false;
+  bool locks = false;                // the row is to be locked, for which there is memory
   std::string space;
-  std::uint64_t version = 0;         // of the tree it was made for
-  std::uint32_t node = 0;            // where the key leaves the tree
-  RadixBuffer upper;                 // the pages of it that are the key's, if not all are
-  RadixBuffer added;                 // the pages that become resident
+  std::uint64_t version = 0;         // of the tree it was made for; 0: not complete
+  std::uint32_t node = 0;            // where the key, or its reach, leaves the tree
+  std::vector<RadixCut> cuts;        // from the root on; those of `node` last
+  std::vector<RadixRun> added;
   RadixSpaces::node_type new_space;  // the name of the namespace, if it has no root yet
 };
 

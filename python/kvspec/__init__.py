@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kvspec.errors import ContractError, MemoryLeakError
-from kvspec.memory_checker import check_memory
+from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
         RadixCache,
         RadixCacheCpp,
         ReqToTokenPool,
+        SWAChunkCache,
+        SWARadixCache,
+        SWATokenToKVPoolAllocator,
         TokenToKVPoolAllocator,
     )
 
@@ -34,8 +37,13 @@ __all__ = [
     "RadixCacheCpp",
     "RadixKey",
     "ReqToTokenPool",
+    "SWAChunkCache",
+    "SWARadixCache",
+    "SWATokenInfo",
+    "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",
     "check_memory",
+    "get_swa_token_info",
     "has_native",
     "namespace_frame",
     "page_hashes",

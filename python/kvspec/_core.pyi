@@ -42,8 +42,6 @@ class TokenToKVPoolAllocator:
 
     def alloc(self, need_size: int) -> torch.Tensor | None: ...
 
-    def free(self, free_index: object | None) -> None: ...
-
     def free_group_begin(self) -> None: ...
 
     def free_group_end(self) -> None: ...
@@ -65,6 +63,8 @@ class TokenToKVPoolAllocator:
     def check(self) -> None: ...
 
     def counters(self) -> dict[str, int]: ...
+
+    def free(self, free_index: object | None) -> None: ...
 
 class PagedTokenToKVPoolAllocator:
     """Whole pages. Spec: PAGE."""
@@ -99,7 +99,68 @@ class PagedTokenToKVPoolAllocator:
 
     def alloc(self, need_size: int) -> torch.Tensor | None: ...
 
+    def free_group_begin(self) -> None: ...
+
+    def free_group_end(self) -> None: ...
+
+    def backup_state(self) -> Ticket: ...
+
+    def restore_state(self, state: object | None) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def get_kvcache(self) -> object: ...
+
+    def attach(self, observer: object | None) -> None: ...
+
+    def view(self) -> kvspec.interfaces.slot_allocator.AllocatorView: ...
+
+    def digest(self) -> int: ...
+
+    def check(self) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
     def free(self, free_index: object | None) -> None: ...
+
+    def alloc_extend(self, prefix_lens: object, seq_lens: object, last_loc: object, extend_num_tokens: int) -> torch.Tensor | None: ...
+
+    def alloc_decode(self, seq_lens: object, last_loc: object) -> torch.Tensor | None: ...
+
+class SWATokenToKVPoolAllocator:
+    """
+    Slots of a full pool, each page with its pair in a window pool. Spec: SWA.
+    """
+
+    def __init__(self, size: int, size_swa: int, dtype: object, device: object, kvcache: object | None, need_sort: bool, page_size: int = 1) -> None: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def need_sort(self) -> bool: ...
+
+    @property
+    def is_not_in_free_group(self) -> bool: ...
+
+    @property
+    def free_pages(self) -> torch.Tensor: ...
+
+    @property
+    def release_pages(self) -> torch.Tensor: ...
+
+    def available_size(self) -> int: ...
+
+    def alloc(self, need_size: int) -> torch.Tensor | None: ...
 
     def free_group_begin(self) -> None: ...
 
@@ -126,6 +187,27 @@ class PagedTokenToKVPoolAllocator:
     def alloc_extend(self, prefix_lens: object, seq_lens: object, last_loc: object, extend_num_tokens: int) -> torch.Tensor | None: ...
 
     def alloc_decode(self, seq_lens: object, last_loc: object) -> torch.Tensor | None: ...
+
+    def free(self, free_index: object | None, swa_index: object | None = ()) -> None: ...
+
+    def free_swa(self, free_index: object | None) -> None: ...
+
+    def move_swa(self, tgt_loc: object | None, src_loc: object | None) -> None: ...
+
+    @property
+    def size_full(self) -> int: ...
+
+    @property
+    def size_swa(self) -> int: ...
+
+    def full_available_size(self) -> int: ...
+
+    def swa_available_size(self) -> int: ...
+
+    def translate_loc_from_full_to_swa(self, kv_indices: object) -> torch.Tensor: ...
+
+    @property
+    def full_to_swa_index_mapping(self) -> torch.Tensor: ...
 
 class RequestRows:
     """The books of a request pool. Spec: REQ."""
@@ -214,7 +296,7 @@ class InsertPlan:
     def prefix_len(self) -> int: ...
 
     @property
-    def whole_len(self) -> int: ...
+    def reach_len(self) -> int: ...
 
     @property
     def shared(self) -> list[tuple[int, int]]: ...
@@ -237,10 +319,28 @@ class InsertPlan:
     def tree_slots(self, start: int) -> torch.Tensor:
         """What the tree will hold along the key from a position on."""
 
+    def gained_slots(self) -> torch.Tensor:
+        """Those adopted, then those of the tree's tombstones that are revived."""
+
+    def named_slots(self) -> torch.Tensor:
+        """
+        Whose pairs `add_pairs` asks for: the whole pages' first slots, then the tail's.
+        """
+
+    def revived_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The first slots of the tree's pages that revive, and of the caller's (SWARADIX-5).
+        """
+
+    def pair_ranges(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+        """
+        Of the caller's window slots those shared, adopted, duplicate and tail (SWARADIX-6).
+        """
+
 class RadixTree:
     """Which pages hold the KV of which tokens. Spec: RADIX."""
 
-    def __init__(self, page_size: int, eviction_policy: str, eviction_granularity: str) -> None: ...
+    def __init__(self, page_size: int, eviction_policy: str, eviction_granularity: str, sliding_window_size: int = 0) -> None: ...
 
     def match(self, frame: bytes, tokens: object) -> tuple[torch.Tensor, NodeHandle]:
         """The longest resident prefix, touched (RADIX-1, RADIX-3)."""
@@ -248,14 +348,22 @@ class RadixTree:
     def plan_insert(self, frame: bytes, tokens: object, value: object) -> InsertPlan:
         """What an insert would do, and its memory (CACHE-8, CACHE-10)."""
 
-    def plan_row(self, frame: bytes, tokens: object, row: object, protected_len: int, receipt: LockReceipt | None) -> InsertPlan:
+    def plan_row(self, frame: bytes, tokens: object, row: object, protected_len: int, receipt: LockReceipt | None, locks: bool) -> InsertPlan:
         """What caching a request's row would do (CACHE-5)."""
+
+    def add_pairs(self, plan: InsertPlan, pairs: object | None) -> None:
+        """
+        Say which window slots the caller has, None for all (SWARADIX-3 to SWARADIX-6).
+        """
 
     def commit_insert(self, plan: InsertPlan, priority: int) -> NodeHandle:
         """Carry a plan out (CACHE-9, RADIX-4)."""
 
+    def commit_row(self, plan: InsertPlan) -> LockReceipt:
+        """Carry one out and lock what it reaches (CACHE-2)."""
+
     def lock(self, node: NodeHandle) -> LockReceipt:
-        """Lock a path (CACHE-11, CACHE-13)."""
+        """Lock a path (CACHE-11, CACHE-13, SWARADIX-11)."""
 
     @overload
     def unlock(self, node: LockReceipt) -> int:
@@ -265,8 +373,10 @@ class RadixTree:
     def unlock(self, node: NodeHandle) -> int:
         """Consume the oldest open receipt of a node (CACHE-12, CACHE-13)."""
 
-    def evict(self, num_tokens: int) -> torch.Tensor:
-        """The first slot of each page evicted (RADIX-8 to RADIX-13)."""
+    def evict(self, num_tokens: int, swa_num_tokens: int = 0) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """
+        The first slot of each page evicted and of each tombstone made, if one is, and how many window tokens went (RADIX-8 to RADIX-13, SWARADIX-12 to SWARADIX-14).
+        """
 
     def evict_commit(self) -> None:
         """Let the last eviction's memory go."""
@@ -296,9 +406,16 @@ class RadixTree:
 
     def protected_size(self) -> int: ...
 
-    def pages(self) -> list[tuple[tuple[bytes, tuple[int, ...]], tuple[int, int, int, int, int, int, bool]]]:
+    def swa_evictable_size(self) -> int: ...
+
+    def swa_protected_size(self) -> int: ...
+
+    def first_slots(self, tombstones: bool) -> torch.Tensor:
+        """The first slot of each live page, or of each tombstone."""
+
+    def pages(self) -> list[tuple[tuple[bytes, tuple[int, ...]], tuple[int, int, int, int, int, int, bool, bool, int]]]:
         """
-        Of each resident page its path, and page, locks, last, born, hits, priority and cut.
+        Of each resident page its path, and page, locks, last, born, hits, priority, cut, tombstone and window locks.
         """
 
     def open_receipts(self) -> list[tuple[bytes, tuple[int, ...]]]:

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -27,15 +27,32 @@ struct ModelPage {
   std::int64_t hits = 0;
   std::int64_t priority = 0;
   bool cut = false;
+  bool tombstone = false;
+  int swa_locks = 0;
   int incarnation = 0;
 
   friend bool operator==(const ModelPage&, const ModelPage&) = default;
 };
 
+// What becomes of a page that is inserted, and of its pair.
+enum class Fate { shared, adopted, duplicate, tail };
+
+struct ModelInsert {
+  std::size_t reach = 0;  // pages
+  std::vector<Fate> pages;
+  std::vector<bool> shares;                // whether the tree held this very page there
+  std::vector<std::optional<Fate>> pairs;  // of those that were brought
+  std::vector<std::size_t> revived;
+};
+
 class Model {
  public:
-  Model(std::size_t page_size, std::string policy, bool whole_nodes)
-      : page_size_(page_size), policy_(std::move(policy)), whole_nodes_(whole_nodes) {}
+  // A window of so many pages; 0: none.
+  Model(std::size_t page_size, std::string policy, bool whole_nodes, std::size_t window = 0)
+      : page_size_(page_size),
+        policy_(std::move(policy)),
+        whole_nodes_(whole_nodes),
+        window_(window) {}
 
   std::map<Key, ModelPage> trie;
 
@@ -52,8 +69,18 @@ class Model {
     return count;
   }
 
+  // How much of the key a match covers: what ends in a window of live pages, or has no tombstone.
+  std::size_t usable_count(const Key& key) const {
+    for (std::size_t count = resident_count(key); count > 0; --count) {
+      std::size_t live = 0;
+      while (live < count && !trie.at(prefix(key, count - live)).tombstone) ++live;
+      if (live == count || (window_ > 0 && live >= window_)) return count;
+    }
+    return 0;
+  }
+
   std::size_t match(const Key& key) {
-    const std::size_t count = resident_count(key);
+    const std::size_t count = usable_count(key);
     ++tick_;
     for (std::size_t at = 1; at <= count; ++at) {
       ModelPage& page = trie[prefix(key, at)];
@@ -64,22 +91,55 @@ class Model {
     return count;
   }
 
-  void insert(const Key& key, const Pages& pages, std::int64_t priority) {
+  // What an insert would do, where brought[at] says whether a page of the caller has a pair.
+  ModelInsert plan(const Key& key, const Pages& pages, const std::vector<bool>& brought) const {
     const std::size_t known = resident_count(key);
+    ModelInsert plan{0, std::vector(pages.size(), Fate::tail), {}, {}, {}};
+    for (std::size_t at = 0; at < pages.size(); ++at) {
+      const bool was_live = at < known && !trie.at(prefix(key, at + 1)).tombstone;
+      const bool same = at < known && trie.at(prefix(key, at + 1)).page == pages[at];
+      if (!was_live && brought[at] && at < known) plan.revived.push_back(at);
+      if (was_live || brought[at]) plan.reach = at + 1;
+      plan.shares.push_back(same);
+      plan.pages[at] = same ? Fate::shared : at < known ? Fate::duplicate : Fate::adopted;
+    }
+    for (std::size_t at = 0; at < pages.size(); ++at) {
+      if (at >= plan.reach) plan.pages[at] = Fate::tail;
+      plan.pairs.push_back(brought[at] ? std::optional(plan.pages[at]) : std::nullopt);
+    }
+    for (const std::size_t at : plan.revived) plan.pairs[at] = Fate::adopted;
+    return plan;
+  }
+
+  std::size_t insert(const Key& key, const Pages& pages, const std::vector<bool>& brought,
+                     std::int64_t priority) {
+    const ModelInsert plan = this->plan(key, pages, brought);
+    const std::size_t known = std::min(resident_count(key), plan.reach);
     ++tick_;
-    for (std::size_t at = 1; at <= pages.size(); ++at) {
+    for (std::size_t at = 1; at <= plan.reach; ++at) {
       const bool fresh = at > known;
       ModelPage& page = trie[prefix(key, at)];
-      if (fresh) page = {pages[at - 1], 0, 0, tick_, 0, priority, false, ++incarnation_};
+      if (fresh) {
+        page = {};
+        page.page = pages[at - 1];
+        page.born = tick_;
+        page.priority = priority;
+        page.tombstone = !brought[at - 1];
+        page.incarnation = ++incarnation_;
+      }
       page.last = tick_;
       page.priority = std::max(page.priority, priority);
-      page.cut = page.cut || (whole_nodes_ && (at == known || at == pages.size()));
+      page.cut = page.cut || (whole_nodes_ && (at == known || at == plan.reach));
     }
+    for (const std::size_t at : plan.revived) trie[prefix(key, at + 1)].tombstone = false;
+    return plan.reach;
   }
 
   void lock(const Key& key, int by) {
-    for (std::size_t at = 1; at * page_size_ <= key.second.size(); ++at) {
+    const std::size_t count = key.second.size() / page_size_;
+    for (std::size_t at = 1; at <= count; ++at) {
       trie[prefix(key, at)].locks += by;
+      if (at + window_ > count) trie[prefix(key, at)].swa_locks += by;
     }
   }
 
@@ -91,41 +151,87 @@ class Model {
            !std::equal(key.second.begin(), key.second.end(), longer.begin());
   }
 
-  Pages evict(std::int64_t token_count) {
-    Pages evicted;
-    while (static_cast<std::int64_t>(evicted.size() * page_size_) < token_count) {
-      const Key* victim = nullptr;
-      for (const auto& [key, page] : trie) {
-        if (page.locks > 0 || !is_leaf(key)) continue;
-        if (victim == nullptr || order(page) < order(trie[*victim])) victim = &key;
-      }
-      if (victim == nullptr) break;
-      Key key = *victim;
-      do {
-        evicted.push_back(trie[key].page);
-        trie.erase(key);
-        key = prefix(key, key.second.size() / page_size_ - 1);
-      } while (whole_nodes_ && !key.second.empty() && !trie[key].cut);
+  RadixEviction evict(std::int64_t token_count, std::int64_t swa_token_count) {
+    RadixEviction done;
+    const auto counts = [this](std::int64_t pages) {
+      return pages * static_cast<std::int64_t>(page_size_);
+    };
+    while (counts(std::ssize(done.pages)) < token_count) {
+      const auto victim = first([this](const Key& key, const ModelPage& page) {
+        return page.locks == 0 && is_leaf(key);
+      });
+      if (!victim) break;
+      take_leaf(*victim, done);
     }
-    return evicted;
+    while (counts(done.pair_count) < swa_token_count) {
+      const auto victim = first([](const Key&, const ModelPage& page) {
+        return page.swa_locks == 0 && !page.tombstone;
+      });
+      if (!victim) break;
+      if (is_leaf(*victim)) {
+        take_leaf(*victim, done);
+      } else {
+        trie[*victim].tombstone = true;
+        done.tombstones.push_back(trie[*victim].page);
+        ++done.pair_count;
+      }
+    }
+    std::erase_if(done.tombstones, [&](PageId page) {
+      return std::find(done.pages.begin(), done.pages.end(), page) != done.pages.end();
+    });
+    if (page_size_ > 1) {
+      std::sort(done.pages.begin(), done.pages.end());
+      std::sort(done.tombstones.begin(), done.tombstones.end());
+    }
+    return done;
   }
 
  private:
-  std::tuple<std::int64_t, std::uint64_t, std::uint64_t> order(const ModelPage& page) const {
+  // The eligible page whose key is smallest, and of several on one path the one next to the root.
+  template <class Eligible>
+  std::optional<Key> first(Eligible eligible) const {
+    const Key* found = nullptr;
+    for (const auto& [key, page] : trie) {
+      if (!eligible(key, page)) continue;
+      const bool before = found == nullptr || order(page) < order(trie.at(*found)) ||
+                          (order(page) == order(trie.at(*found)) &&
+                           key.second.size() < found->second.size());
+      if (before) found = &key;
+    }
+    return found == nullptr ? std::nullopt : std::optional(*found);
+  }
+
+  // A leaf and, at node granularity, its ancestors back to the last cut; with windows the
+  // tombstones that are then leaves.
+  void take_leaf(Key key, RadixEviction& done) {
+    bool more = true;
+    while (more) {
+      const ModelPage page = trie[key];
+      done.pages.push_back(page.page);
+      done.pair_count += window_ > 0 && !page.tombstone ? 1 : 0;
+      trie.erase(key);
+      key = prefix(key, key.second.size() / page_size_ - 1);
+      if (key.second.empty()) return;
+      more = whole_nodes_ ? !trie[key].cut : trie[key].tombstone && is_leaf(key);
+    }
+  }
+
+  std::pair<std::int64_t, std::uint64_t> order(const ModelPage& page) const {
     const auto last = static_cast<std::int64_t>(page.last);
     const auto born = static_cast<std::int64_t>(page.born);
-    if (policy_ == "lru") return {last, 0, page.born};
-    if (policy_ == "mru") return {-last, 0, page.born};
-    if (policy_ == "fifo") return {born, 0, page.born};
-    if (policy_ == "filo") return {-born, 0, page.born};
-    if (policy_ == "lfu") return {page.hits, page.last, page.born};
-    if (policy_ == "slru") return {page.hits >= 1 ? 1 : 0, page.last, page.born};
-    return {page.priority, page.last, page.born};
+    if (policy_ == "lru") return {last, 0};
+    if (policy_ == "mru") return {-last, 0};
+    if (policy_ == "fifo") return {born, 0};
+    if (policy_ == "filo") return {-born, 0};
+    if (policy_ == "lfu") return {page.hits, page.last};
+    if (policy_ == "slru") return {page.hits >= 1 ? 1 : 0, page.last};
+    return {page.priority, page.last};
   }
 
   std::size_t page_size_;
   std::string policy_;
   bool whole_nodes_;
+  std::size_t window_;
   std::uint64_t tick_ = 0;
   int incarnation_ = 0;
 };

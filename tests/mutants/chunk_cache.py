@@ -1,13 +1,14 @@
 """Chunk caches with one clause broken each."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from kvspec import oracle
 from kvspec.conformance.chunk_cache import ChunkCacheConformance
 from kvspec.conformance.mutants import Registry
 from kvspec.interfaces.prefix_cache import MatchResult
-from kvspec.oracle import ChunkCache
+from kvspec.oracle import ChunkCache, SWAChunkCache
 from kvspec.oracle.boundary import tensor
 from kvspec.oracle.prefix_cache import RequestRow, finished_tokens
 
@@ -101,3 +102,37 @@ class FinishesTwiceInSilence(ChunkCache):
     def cache_finished_req(self, req: Any) -> None:
         if req.req_pool_idx is not None:
             super().cache_finished_req(req)
+
+
+# With a window pool
+
+
+@registry.mutant("CHUNK-5")
+class LeaksThePagesWhoseWindowIsGone(SWAChunkCache):
+    def _give_back(self, pages: Sequence[int]) -> None:
+        windows = self._have_windows([page * self.page_size for page in pages])
+        paired = [page for page, window in zip(pages, windows, strict=True) if window]
+        super()._give_back(paired)
+
+
+@registry.mutant("CHUNK-5", "CHUNK-2")
+class GivesWindowsBackThatAreGone(SWAChunkCache):
+    """It counts them from what the request left in an earlier life."""
+
+    def evict_swa(self, req: Any, prelen: int, *args: Any, **options: Any) -> int:
+        count = super().evict_swa(req, prelen, *args, **options)
+        req.evicted_seqlen_local = getattr(req, "evicted_seqlen_local", 0) or count
+        return count
+
+    def cache_finished_req(self, req: Any) -> None:
+        slots = self._row(req, finished_tokens(req)).slots
+        left = slots[getattr(req, "evicted_seqlen_local", 0) :]
+        if left and self._window_pool is not None:
+            self._window_pool.free_swa(tensor(left))
+        super().cache_finished_req(req)
+
+
+@registry.mutant("CHUNK-6")
+class TakesAnyAllocator(SWAChunkCache):
+    def _require_window_pool(self, clause: str) -> None:
+        """Forgotten."""

@@ -1,6 +1,7 @@
 """Prefix caches with one clause broken each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +11,9 @@ from kvspec.conformance.mutants import Registry
 from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.errors import ContractError
 from kvspec.interfaces.prefix_cache import InsertResult, LockReceipt, MatchResult, Path
-from kvspec.oracle import RadixCache
+from kvspec.oracle import RadixCache, SWAChunkCache, SWARadixCache
 from kvspec.oracle.boundary import numbers, tensor
-from kvspec.oracle.prefix_cache import RequestRow
+from kvspec.oracle.prefix_cache import RequestRow, WindowedCache
 from kvspec.oracle.radix_cache import Claim, NodeHandle, Page, Root
 
 registry = Registry(PrefixCacheConformance, oracle)
@@ -96,7 +97,7 @@ class LeaksThePagesBeyondTheCommitted(RadixCache):
         return row, frame
 
 
-@registry.mutant("CACHE-4", "CACHE-1", "CACHE-6", reports=("SE-25",))
+@registry.mutant("CACHE-4", "CACHE-1", "CACHE-5", "CACHE-6", reports=("SE-25",))
 class LosesATokenWithoutOutput(RadixCache):
     def _private(self, req: Any, committed: list[int]) -> tuple[RequestRow, bytes]:
         row, frame = super()._private(req, committed)
@@ -201,6 +202,15 @@ class LetsItselfBeMatchedFromInside(RadixCache):
     def _guard(self, name: str) -> None:
         if name != "match_prefix":
             super()._guard(name)
+
+
+@registry.mutant("CACHE-6")
+class LeavesThePairsThatItMoved(SWARadixCache):
+    @contextmanager
+    def _revived(self, claim: Claim) -> Iterator[list[int]]:
+        moves = self._revivals(claim)
+        self._move([target for target, _ in moves], [source for _, source in moves])
+        yield [target for target, _ in moves]
 
 
 # Insert
@@ -375,7 +385,7 @@ class SplitMakesAHandleStale(RadixCache):
         return None if any(page.hits > path[-1].hits for page in path) else found
 
 
-@registry.mutant("CACHE-15", reports=("LMD-4917",))
+@registry.mutant("CACHE-15", "CACHE-1", reports=("LMD-4917",))
 class ResetForgetsThePages(RadixCache):
     def reset(self) -> None:
         allocator, self.token_to_kv_pool_allocator = self.token_to_kv_pool_allocator, None
@@ -396,6 +406,155 @@ class ResetsUnderALock(RadixCache):
     def reset(self) -> None:
         self._open, self._locks = {}, {}
         super().reset()
+
+
+# What leaves the window
+
+
+class Cursor(SWAChunkCache):
+    """Knows by a number how far the window slots of something are gone."""
+
+    def _left_behind(self, req: Any, row: Sequence[int], frontier: int) -> list[int]:
+        start = self.cursor(req, frontier)
+        return [slot // self.page_size for slot in row[start : frontier : self.page_size]]
+
+    def cursor(self, req: Any, frontier: int) -> int:
+        """Where the frontier was, from now on the one given."""
+        before = getattr(req, "evicted_seqlen_local", 0)
+        req.evicted_seqlen_local = max(before, frontier)
+        return int(before)
+
+
+@registry.mutant("CACHE-19", "CACHE-6")
+class KeepsACursorInTheRequest(Cursor):
+    """Retraction does not reset it."""
+
+
+@registry.mutant("CACHE-19", "CACHE-6")
+class KeepsACursorForTheRow(Cursor):
+    def cursor(self, req: Any, frontier: int) -> int:
+        cursors = self.__dict__.setdefault("cursors", {})
+        before = cursors.get(req.req_pool_idx, 0)
+        cursors[req.req_pool_idx] = max(before, frontier)
+        return int(before)
+
+
+@registry.mutant("CACHE-19", "CACHE-1", "CACHE-6")
+class GivesBackAPageThatIsStillRead(SWAChunkCache):
+    def _left_behind(self, req: Any, row: Sequence[int], frontier: int) -> list[int]:
+        return super()._left_behind(req, row, frontier + self.page_size)
+
+
+@registry.mutant("CACHE-19", "CACHE-6")
+class KeepsAPageThatNobodyReads(SWAChunkCache):
+    def _left_behind(self, req: Any, row: Sequence[int], frontier: int) -> list[int]:
+        return super()._left_behind(req, row, max(frontier - self.page_size, 0))
+
+
+@registry.mutant("CACHE-19", reports=("SG-27789",))
+class GivesBackThePageThatTheFrontierIsIn(SWAChunkCache):
+    def _first_read(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        first = super()._first_read(prelen, chunk_size, window_size)
+        return min(first + -first % self.page_size, prelen)
+
+
+@registry.mutant("CACHE-19", "CACHE-6")
+class CountsTheNextTokenOutOfTheWindow(SWAChunkCache):
+    def _first_read(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        first = super()._first_read(prelen, chunk_size, window_size)
+        return max(first - (chunk_size is None), 0)
+
+
+@registry.mutant("CACHE-19")
+class LeavesLessThanAMatchNeeds(SWARadixCache):
+    def _first_read(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        own = self.sliding_window_size if chunk_size is None and window_size is None else None
+        return WindowedCache._first_read(self, prelen, chunk_size, window_size or own)
+
+
+@registry.mutant("CACHE-19")
+class TakesAChunkForAWindow(SWAChunkCache):
+    def _first_read(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        if chunk_size is not None and window_size is None and chunk_size > 0:
+            chunk_size, window_size = None, chunk_size
+        return super()._first_read(prelen, chunk_size, window_size)
+
+
+@registry.mutant("CACHE-19", "CACHE-1", "CACHE-4", reports=("VL-42273",))
+class GivesBackWindowsOfTheTree(SWARadixCache):
+    def _left_behind(self, req: Any, row: Sequence[int], frontier: int) -> list[int]:
+        protected, req.cache_protected_len = req.cache_protected_len, 0
+        pages = super()._left_behind(req, row, frontier)
+        req.cache_protected_len = protected
+        return pages
+
+
+@registry.mutant("CACHE-19", "CACHE-1", "CACHE-6", "CACHE-2")
+class GivesBackTheFullPagesToo(SWAChunkCache):
+    def _left_behind(self, req: Any, row: Sequence[int], frontier: int) -> list[int]:
+        pages = super()._left_behind(req, row, frontier)
+        self._give_back(pages)
+        return []
+
+
+@registry.mutant("CACHE-19")
+class GivesBackWindowByWindow(SWARadixCache):
+    def _left_behind(self, req: Any, row: Sequence[int], frontier: int) -> list[int]:
+        pages = super()._left_behind(req, row, frontier)
+        if self._window_pool is not None:
+            for page in pages[:-1]:
+                self._window_pool.free_swa(tensor(self._slots_in([page])))
+        return pages[-1:]
+
+    def evict_swa(self, req: Any, prelen: int, *args: Any, **options: Any) -> int:
+        assert self._window_pool is not None
+        before = self._window_pool.swa_available_size()
+        super().evict_swa(req, prelen, *args, **options)
+        return self._window_pool.swa_available_size() - before
+
+
+@registry.mutant("CACHE-20")
+class TakesMoreComputedThanAllocated(SWAChunkCache):
+    def evict_swa(self, req: Any, prelen: int, *args: Any, **options: Any) -> int:
+        length = len(self._live_row(req, "CACHE-20"))
+        return super().evict_swa(req, min(prelen, length), *args, **options)
+
+
+@registry.mutant("CACHE-20")
+class TakesWhatIsNegativeForNothing(SWARadixCache):
+    def evict_swa(self, req: Any, prelen: int, *args: Any, **options: Any) -> int:
+        return super().evict_swa(req, max(prelen, 0), *args, **options)
+
+
+@registry.mutant("CACHE-20")
+class GivesBackNothingOfARowThatIsGone(SWAChunkCache):
+    def _live_row(self, req: Any, clause: str) -> list[int]:
+        try:
+            return super()._live_row(req, clause)
+        except ContractError:
+            if clause != "CACHE-20":
+                raise
+            return []
+
+
+class TakesAnySize(WindowedCache):
+    """Thinks of a size when none, or no good one, is given."""
+
+    def _first_read(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        try:
+            return super()._first_read(prelen, chunk_size, window_size)
+        except ContractError:
+            return 0
+
+
+@registry.mutant("CACHE-20")
+class ChunkCacheTakesAnySize(TakesAnySize, SWAChunkCache):
+    """At worst nothing is given back."""
+
+
+@registry.mutant("CACHE-20")
+class RadixCacheTakesAnySize(TakesAnySize, SWARadixCache):
+    """At worst nothing is given back."""
 
 
 # Options

@@ -10,6 +10,7 @@ import kvspec.oracle
 import kvspec.replay
 from kvspec.conformance.mutants import Registry
 from kvspec.conformance.replay import ReplayConformance
+from kvspec.errors import ContractError
 from kvspec.replay import Run, Trace, TraceError
 
 registry = Registry(ReplayConformance, kvspec.oracle)
@@ -68,7 +69,7 @@ def forgets_the_upper_half_of_an_id(ids: Any, block: int) -> Any:
     return kvspec.replay.block_tokens(np.asarray(ids, dtype=np.uint64) % 2**32, block)
 
 
-@registry.mutant("REPLAY-3", "REPLAY-4", "REPLAY-5", replaces="replay")
+@registry.mutant("REPLAY-3", "REPLAY-4", "REPLAY-5", "REPLAY-9", "REPLAY-12", replaces="replay")
 def drops_a_short_last_block(trace: Trace, **options: Any) -> Run:
     cut = [
         request._replace(hash_ids=request.hash_ids[: request.input_length // trace.block])
@@ -77,7 +78,7 @@ def drops_a_short_last_block(trace: Trace, **options: Any) -> Run:
     return kvspec.replay.replay(trace._replace(requests=cut), **options)
 
 
-@registry.mutant("REPLAY-4", "REPLAY-3", "REPLAY-5", replaces="replay")
+@registry.mutant("REPLAY-4", "REPLAY-3", "REPLAY-5", "REPLAY-9", replaces="replay")
 def counts_padding_as_tokens(trace: Trace, **options: Any) -> Run:
     run = kvspec.replay.replay(trace, **options)
     return run._replace(hit_tokens=run.hit_blocks * trace.block)
@@ -99,3 +100,48 @@ _calls = itertools.count()
 @registry.mutant("REPLAY-8", replaces="generate")
 def depends_on_what_was_generated_before(seed: int, requests: int, block: int) -> Trace:
     return kvspec.replay.generate(seed + next(_calls) + 1, requests, block)
+
+
+@registry.mutant("REPLAY-9", "REPLAY-7", "REPLAY-12")
+class EvictsWindowsFromTheEnd(kvspec.oracle.SWARadixCache):
+    def _window_order(self, page: Any) -> tuple[int, int]:
+        last, depth = super()._window_order(page)
+        return last, -depth
+
+
+@registry.mutant("REPLAY-9", "REPLAY-7", "REPLAY-12")
+class FindsWhatIsWithoutAWindow(kvspec.oracle.SWARadixCache):
+    def _usable(self, path: list[Any]) -> list[Any]:
+        return path if path and path[-1] not in self._tombstones else super()._usable(path)
+
+
+@registry.mutant("REPLAY-9", "REPLAY-12", "REPLAY-7")
+class LeavesNothingBehind(kvspec.oracle.SWARadixCache):
+    """So the lock has to move for every chunk."""
+
+    def evict_swa(self, *_: Any, **__: Any) -> int:
+        return 0
+
+
+@registry.mutant("REPLAY-10", replaces="replay")
+def serves_as_well_as_it_can(trace: Trace, **options: Any) -> Run:
+    try:
+        return kvspec.replay.replay(trace, **options)
+    except ContractError:
+        return kvspec.replay.replay(trace, impl=options["impl"], capacity=options["capacity"])
+
+
+@registry.mutant("REPLAY-11", "REPLAY-9", "REPLAY-10", replaces="replay")
+def makes_the_window_pool_a_little_smaller_than_the_full_one(trace: Trace, **options: Any) -> Run:
+    if options.get("sliding_window") and options.get("swa_ratio") in (None, 1.0):
+        options["swa_ratio"] = (options["capacity"] - 1) / options["capacity"]
+    return kvspec.replay.replay(trace, **options)
+
+
+@registry.mutant("REPLAY-12", "REPLAY-9", replaces="replay")
+def takes_tombstones_for_live(trace: Trace, **options: Any) -> Run:
+    run = kvspec.replay.replay(trace, **options)
+    if run.window is None:
+        return run
+    samples = [s._replace(used=s.used._replace(swa=s.used.full)) for s in run.window.samples]
+    return run._replace(window=run.window._replace(samples=tuple(samples)))

@@ -15,6 +15,8 @@ from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.conformance.radix_cache import RadixCacheConformance
 from kvspec.conformance.request_pool import RequestPoolConformance
 from kvspec.conformance.slot_allocator import SlotAllocatorConformance
+from kvspec.conformance.swa_allocator import SWAAllocatorConformance
+from kvspec.conformance.swa_radix_cache import SWARadixCacheConformance
 
 
 def test_the_extension_is_the_sanitized_one() -> None:
@@ -29,6 +31,10 @@ class TestSlotAllocator(SlotAllocatorConformance):
     impl = kvspec
 
 
+class TestSWAAllocator(SWAAllocatorConformance):
+    impl = kvspec
+
+
 class TestRequestPool(RequestPoolConformance):
     impl = kvspec
 
@@ -38,6 +44,10 @@ class TestPrefixCache(PrefixCacheConformance):
 
 
 class TestRadixCache(RadixCacheConformance):
+    impl = kvspec
+
+
+class TestSWARadixCache(SWARadixCacheConformance):
     impl = kvspec
 
 

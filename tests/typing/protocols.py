@@ -1,13 +1,15 @@
 """mypy reads this file: both implementations satisfy the interfaces."""
 
 from kvspec import native, oracle
-from kvspec.interfaces.chunk_cache import ChunkCache
+from kvspec.interfaces.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.interfaces.memory_checker import CheckMemory
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
 from kvspec.interfaces.radix_cache import RadixCache
 from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator
+from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
+from kvspec.interfaces.swa_radix_cache import SWARadixCache
 
 slots: list[type[BaseTokenToKVPoolAllocator]] = [
     native.TokenToKVPoolAllocator,
@@ -17,6 +19,10 @@ pages: list[type[PagedTokenToKVPoolAllocator]] = [
     native.PagedTokenToKVPoolAllocator,
     oracle.PagedTokenToKVPoolAllocator,
 ]
+window_pages: list[type[SWATokenToKVPoolAllocator]] = [
+    native.SWATokenToKVPoolAllocator,
+    oracle.SWATokenToKVPoolAllocator,
+]
 rows: list[type[ReqToTokenPool]] = [
     native.ReqToTokenPool,
     oracle.ReqToTokenPool,
@@ -24,6 +30,8 @@ rows: list[type[ReqToTokenPool]] = [
     oracle.DecodeReqToTokenPool,
 ]
 trees: list[type[RadixCache]] = [native.RadixCache, oracle.RadixCache]
+window_trees: list[type[SWARadixCache]] = [native.SWARadixCache, oracle.SWARadixCache]
 chunks: list[type[ChunkCache]] = [native.ChunkCache, oracle.ChunkCache]
+window_chunks: list[type[SWAChunkCache]] = [native.SWAChunkCache, oracle.SWAChunkCache]
 hashes: PageHashes = oracle.page_hashes
 check: CheckMemory = oracle.check_memory

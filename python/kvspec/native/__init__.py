@@ -1,9 +1,14 @@
 """The fast implementation: what the extension gives, and the caches over its tree core."""
 
-from kvspec._core import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
-from kvspec.native.chunk_cache import ChunkCache
+from kvspec._core import (
+    PagedTokenToKVPoolAllocator,
+    SWATokenToKVPoolAllocator,
+    TokenToKVPoolAllocator,
+)
+from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.native.swa_radix_cache import SWARadixCache
 
 __all__ = [
     "ChunkCache",
@@ -12,5 +17,8 @@ __all__ = [
     "RadixCache",
     "RadixCacheCpp",
     "ReqToTokenPool",
+    "SWAChunkCache",
+    "SWARadixCache",
+    "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",
 ]

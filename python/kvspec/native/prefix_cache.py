@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,9 +32,17 @@ from kvspec.interfaces.prefix_cache import (
 from kvspec.interfaces.prefix_key import ExtraKey, Tokens
 from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator, Slots
+from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.prefix_key import key_parts, key_words, unframe_namespace
 
-__all__ = ["LockReceipt", "PrefixCache", "RequestRow", "changing", "finished_tokens"]
+__all__ = [
+    "LockReceipt",
+    "PrefixCache",
+    "RequestRow",
+    "WindowedCache",
+    "changing",
+    "finished_tokens",
+]
 
 Cache = TypeVar("Cache", bound="PrefixCache")
 Parameters = ParamSpec("Parameters")
@@ -106,8 +114,11 @@ class PrefixCache:
         disable: bool = True,
         eviction_policy: str = "lru",
         eviction_granularity: str = "page",
+        sliding_window_size: int = 0,
     ) -> None:
-        self._tree = _core.RadixTree(page_size, eviction_policy, eviction_granularity)
+        self._tree = _core.RadixTree(
+            page_size, eviction_policy, eviction_granularity, sliding_window_size
+        )
         allocator = token_to_kv_pool_allocator
         if allocator is not None and allocator.page_size != page_size:
             raise ContractError(
@@ -160,10 +171,6 @@ class PrefixCache:
         """Copy what has been computed into `prefix_indices` (CHUNK-1, CHUNK-4). O(row)."""
         row = self._row(req, req.fill_ids)
         req.prefix_indices = row.slots[: row.committed]
-
-    def evict(self, num_tokens: int) -> int:
-        """Evict nothing (CHUNK-3)."""
-        return 0
 
     def inc_lock_ref(self, node: interface.NodeHandle) -> interface.LockReceipt:
         """Lock nothing (CACHE-18)."""
@@ -254,26 +261,34 @@ class PrefixCache:
 
     def _row(self, req: Req, tokens: Tokens) -> RequestRow:
         """The row of a request with these committed tokens (CACHE-5, CHUNK-4)."""
-        if self.req_to_token_pool is None:
-            raise ContractError(f"{self.row_clause}: the cache has no request pool")
-        if req.req_pool_idx is None:
-            raise ContractError(f"{self.row_clause}: the request has no row")
-        try:
-            slots = self.req_to_token_pool.row(req.req_pool_idx)
-        except ContractError:
-            raise ContractError(f"{self.row_clause}: row {req.req_pool_idx} is not live") from None
+        pool, row, allocated = self._live_row(req, self.row_clause)
         committed = _length(tokens)
-        if slots.numel() < committed:
+        if allocated < committed:
             raise ContractError(
-                f"{self.row_clause}: row {req.req_pool_idx} holds {slots.numel()} slots,"
+                f"{self.row_clause}: row {row} holds {allocated} slots,"
                 f" but {committed} are committed"
             )
-        return RequestRow(slots, tokens, committed)
+        return RequestRow(pool.row(row), tokens, committed)
 
-    def _give_back(self, slots: Tensor) -> None:
-        """Give slots back in one `free` (CACHE-6)."""
-        if self.token_to_kv_pool_allocator is not None and slots.numel():
-            self.token_to_kv_pool_allocator.free(slots)
+    def _live_row(self, req: Req, clause: str) -> tuple[ReqToTokenPool, int, int]:
+        """The pool, the row of a request in it and its length; without one it is refused. O(1)."""
+        pool, row = self.req_to_token_pool, req.req_pool_idx
+        if pool is None:
+            raise ContractError(f"{clause}: the cache has no request pool")
+        if row is None:
+            raise ContractError(f"{clause}: the request has no row")
+        try:
+            return pool, row, pool.row_length(row)
+        except ContractError:
+            raise ContractError(f"{clause}: row {row} is not live") from None
+
+    def _give_back(self, slots: Tensor, swa_slots: Tensor | None = None) -> None:
+        """Give slots back, and the window slots alone of others, in one `free` (CACHE-6)."""
+        allocator = self.token_to_kv_pool_allocator
+        if allocator is not None and swa_slots is not None:
+            cast(SWATokenToKVPoolAllocator, allocator).free(slots, swa_slots)
+        elif allocator is not None and slots.numel():
+            allocator.free(slots)
 
     def _in_order(self, slots: Tensor) -> Tensor:
         """Whole pages of slots in ascending order, unless a page is a slot."""
@@ -289,6 +304,91 @@ class PrefixCache:
         req.cache_protected_len = 0
         req.last_node = None
         req.lock_receipt = None
+
+
+class WindowedCache(PrefixCache):
+    """What the caches over an allocator with a window pool have besides (CACHE-19, CACHE-20)."""
+
+    @property
+    def _window_pool(self) -> SWATokenToKVPoolAllocator | None:
+        return cast(SWATokenToKVPoolAllocator | None, self.token_to_kv_pool_allocator)
+
+    def _require_window_pool(self, clause: str) -> None:
+        if self._window_pool is not None and not hasattr(self._window_pool, "size_swa"):
+            raise ContractError(f"{clause}: the allocator has no window pool")
+
+    @changing
+    def evict_swa(
+        self,
+        req: Req,
+        prelen: int,
+        attention_chunk_size: int | None = None,
+        *,
+        sliding_window_size: int | None = None,
+    ) -> int:
+        """Give back the window slots that a request has left behind (CACHE-19, CACHE-20).
+
+        O(tokens given back), besides a copy of the row.
+        """
+        pool, row, allocated = self._live_row(req, "CACHE-20")
+        if not 0 <= prelen <= allocated:
+            raise ContractError(f"CACHE-20: prelen is {prelen}, not in 0 .. {allocated}")
+        frontier = self._frontier(prelen, attention_chunk_size, sliding_window_size)
+        stop = frontier - frontier % self.page_size
+        if stop <= req.cache_protected_len:
+            return 0
+        own = pool.row(row)[req.cache_protected_len : stop]
+        left = own[len(own) - self._paired_count(own[:: self.page_size]) * self.page_size :]
+        if len(left):
+            if self._window_pool is not None:
+                self._window_pool.free_swa(left)
+            self._report("evict_swa", left)
+        return len(left)
+
+    def _frontier(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        """The first position that the next token's window, or chunk, may still read (CACHE-19)."""
+        sizes = {"attention_chunk_size": chunk_size, "sliding_window_size": window_size}
+        given = [(option, size) for option, size in sizes.items() if size is not None]
+        if len(given) != 1:
+            raise ContractError(f"CACHE-20: {len(given)} of {' and '.join(sizes)} are given, not 1")
+        ((option, size),) = given
+        if size < 1:
+            raise ContractError(f"CACHE-20: {option} is {size}")
+        return max(prelen - size + 1, 0) if chunk_size is None else prelen - prelen % size
+
+    def _paired_count(self, pages: Tensor) -> int:
+        """How many of a request's pages, from the last one back, have a pair.
+
+        A request leaves its pages in order, so that before one without a pair there is none with
+        one; twice as many are looked at each time.
+        """
+        if self._window_pool is None:
+            return len(pages)
+        stop, step = len(pages), 1
+        while stop > 0:
+            start = max(stop - step, 0)
+            windows = self._window_pool.translate_loc_from_full_to_swa(pages[start:stop])
+            without = (windows <= 0).nonzero()
+            if len(without):
+                return len(pages) - start - int(without[-1]) - 1
+            stop, step = start, step * 2
+        return len(pages)
+
+    def full_evictable_size(self) -> int:
+        """Tokens that `evict` could give back to the full pool (SWARADIX-10). O(1)."""
+        return self._tree.evictable_size()
+
+    def full_protected_size(self) -> int:
+        """Tokens under a lock (SWARADIX-10). O(1)."""
+        return self._tree.protected_size()
+
+    def swa_evictable_size(self) -> int:
+        """Tokens that `evict` could give back to the window pool (SWARADIX-10). O(1)."""
+        return self._tree.swa_evictable_size()
+
+    def swa_protected_size(self) -> int:
+        """Tokens with a pair under a window lock (SWARADIX-10). O(1)."""
+        return self._tree.swa_protected_size()
 
 
 def _length(tokens: Tokens) -> int:

@@ -5,6 +5,7 @@ then the allocator is called, and what follows cannot fail; so an allocator that
 nothing (CACHE-6).
 """
 
+from collections.abc import Callable
 from typing import ClassVar, cast
 
 import torch
@@ -13,45 +14,28 @@ from torch import Tensor
 from kvspec import _core
 from kvspec.errors import ContractError
 from kvspec.interfaces import prefix_cache as interface
-from kvspec.interfaces.prefix_cache import InsertResult, MatchResult, Req
+from kvspec.interfaces.prefix_cache import (
+    EvictResult,
+    InsertRanges,
+    InsertResult,
+    MatchResult,
+    Req,
+)
 from kvspec.interfaces.prefix_key import ExtraKey, Tokens
 from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator, Slots
 from kvspec.native.prefix_cache import PrefixCache, RequestRow, changing, finished_tokens
 from kvspec.prefix_key import key_parts
 
-__all__ = ["RadixCache", "RadixCacheCpp"]
+__all__ = ["RadixCache", "RadixCacheCpp", "TreeCache"]
 
 
 def _refuse_option(option: str, room: str) -> None:
     raise ContractError(f"CACHE-17: {option}=True needs the room {room}, which does not exist yet")
 
 
-class RadixCache(PrefixCache):
-    """A prefix cache that shares (RADIX-1 to RADIX-18, CACHE-1 to CACHE-18)."""
-
-    room: ClassVar[str] = "radix_cache"
-
-    def __init__(
-        self,
-        req_to_token_pool: ReqToTokenPool | None,
-        token_to_kv_pool_allocator: BaseTokenToKVPoolAllocator | None,
-        page_size: int,
-        disable: bool = False,
-        enable_kv_cache_events: bool = False,
-        eviction_policy: str = "lru",
-        eviction_granularity: str = "page",
-    ) -> None:
-        if enable_kv_cache_events:
-            _refuse_option("enable_kv_cache_events", "kv_events")
-        super().__init__(
-            req_to_token_pool,
-            token_to_kv_pool_allocator,
-            page_size,
-            disable,
-            eviction_policy,
-            eviction_granularity,
-        )
+class TreeCache(PrefixCache):
+    """What the caches that share have: all but how they evict; windows come in through hooks."""
 
     @changing
     def reset(self) -> None:
@@ -88,13 +72,25 @@ class RadixCache(PrefixCache):
     @changing
     def _insert(self, frame: bytes, tokens: Tokens, value: Slots, priority: int) -> InsertResult:
         plan = self._tree.plan_insert(frame, tokens, value)
+        windows = self._add_pairs(plan)
         prefix_len, adopted = plan.prefix_len, plan.adopted
         shared, duplicate, tail = plan.shared, plan.duplicate, plan.tail
-        slots = plan.own_slots(prefix_len, plan.whole_len) if self._observer else None
+        gained = plan.gained_slots() if self._observer else None
+        self._revive(plan, lambda: None)
         node = self._tree.commit_insert(plan, priority)
-        if slots is not None and adopted:
-            self._report("insert", slots)
-        return InsertResult(prefix_len, node, shared, adopted, duplicate, tail)
+        if gained is not None and gained.numel():
+            self._report("insert", gained)
+        return InsertResult(prefix_len, node, shared, adopted, duplicate, tail, windows)
+
+    def _add_pairs(self, plan: "_core.InsertPlan") -> InsertRanges | None:
+        """Complete a plan by the caller's window slots: without windows it is complete."""
+        return None
+
+    def _revive(self, plan: "_core.InsertPlan", then: Callable[[], None]) -> None:
+        """Move the pairs that revive tombstones and then do the rest that may fail: without windows
+        there is only that.
+        """
+        then()
 
     # Requests
 
@@ -107,13 +103,14 @@ class RadixCache(PrefixCache):
 
     @changing
     def _cache_finished_req(self, req: Req) -> None:
-        row, plan = self._plan(req, finished_tokens(req))
-        allocated, beyond = row.slots.numel(), plan.whole_len
+        row, plan = self._plan(req, finished_tokens(req), locks=False)
+        allocated, beyond = row.slots.numel(), plan.reach_len
         moved = plan.own_slots(req.cache_protected_len, allocated) if self._observer else None
         returned = plan.duplicate_slots()
         if beyond < allocated:
             returned = torch.cat((returned, plan.own_slots(beyond, allocated)))
-        self._give_back(self._in_order(returned))
+        in_order = self._in_order(returned)
+        self._revive(plan, lambda: self._give_back(in_order))
         self._tree.commit_insert(plan, 0)
         if req.lock_receipt is not None:
             self._unlock(req.lock_receipt)
@@ -130,23 +127,25 @@ class RadixCache(PrefixCache):
 
     @changing
     def _cache_unfinished_req(self, req: Req) -> None:
-        row, plan = self._plan(req, req.fill_ids)
-        start, stop = req.cache_protected_len, plan.whole_len
+        row, plan = self._plan(req, req.fill_ids, locks=True)
+        start, stop = req.cache_protected_len, plan.reach_len
         moved = plan.own_slots(start, stop) if self._observer else None
         returned = plan.duplicate_slots()
         if returned.numel():
-            self._exchange(req, row.slots, plan.tree_slots(start), returned)
-        node = self._tree.commit_insert(plan, 0)
-        receipt = self._tree.lock(node)
+            tree_slots = plan.tree_slots(start)
+            self._revive(plan, lambda: self._exchange(req, row.slots, tree_slots, returned))
+        receipt = self._tree.commit_row(plan)
         if req.lock_receipt is not None:
             self._unlock(req.lock_receipt)
-        req.last_node, req.lock_receipt = node, receipt
+        req.last_node, req.lock_receipt = receipt.node, receipt
         req.cache_protected_len = stop
         req.prefix_indices = row.slots[: row.committed]
         if moved is not None:
             self._report("cache_unfinished_req", moved)
 
-    def _plan(self, req: Req, tokens: Tokens) -> "tuple[RequestRow, _core.InsertPlan]":
+    def _plan(
+        self, req: Req, tokens: Tokens, *, locks: bool
+    ) -> "tuple[RequestRow, _core.InsertPlan]":
         """The row of a request and what caching it would do, or why it is refused (CACHE-5)."""
         tokens, frame = key_parts(tokens, req.extra_key)
         row = self._row(req, tokens)
@@ -159,7 +158,9 @@ class RadixCache(PrefixCache):
         receipt = req.lock_receipt
         if receipt is not None and not isinstance(receipt, _core.LockReceipt):
             raise ContractError("CACHE-5: the lock_receipt is not open")
-        return row, self._tree.plan_row(frame, tokens, row.slots, protected, receipt)
+        plan = self._tree.plan_row(frame, tokens, row.slots, protected, receipt, locks)
+        self._add_pairs(plan)
+        return row, plan
 
     def _exchange(self, req: Req, row: Tensor, tree_slots: Tensor, returned: Tensor) -> None:
         """Put the tree's slots in the row, and give those they replace back (CACHE-2, CACHE-3)."""
@@ -178,20 +179,20 @@ class RadixCache(PrefixCache):
 
     # Eviction and locks
 
-    @changing
-    def evict(self, num_tokens: int) -> int:
-        """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""
-        pages = self._tree.evict(num_tokens)  # one slot of each gives it back (PAGE-9)
+    def _evict(self, num_tokens: int, swa_num_tokens: int) -> EvictResult:
+        """Evict, or if the allocator raises take it back: one slot of each page names it."""
+        evicted, buried, swa_count = self._tree.evict(num_tokens, swa_num_tokens)
         try:
-            self._give_back(pages)
+            self._give_back(evicted, buried)
         except BaseException:
             self._tree.evict_undo()
             raise
         self._tree.evict_commit()
+        pages = evicted if buried is None else torch.cat((evicted, buried))
         if pages.numel() and self._observer is not None:
             whole = pages.unsqueeze(1) + torch.arange(self.page_size)
             self._report("evict", whole.flatten())
-        return pages.numel() * self.page_size
+        return EvictResult(evicted.numel() * self.page_size, swa_count)
 
     def inc_lock_ref(self, node: interface.NodeHandle) -> interface.LockReceipt:
         """Keep the node's path from eviction (CACHE-11, CACHE-13). O(nodes on the path)."""
@@ -226,6 +227,38 @@ class RadixCache(PrefixCache):
         if self._observer is not None and isinstance(node, _core.NodeHandle):
             path = self._tree.path_slots(node)
             self._report(name, path[path.numel() - count :])
+
+
+class RadixCache(TreeCache):
+    """A prefix cache that shares (RADIX-1 to RADIX-18, CACHE-1 to CACHE-18)."""
+
+    room: ClassVar[str] = "radix_cache"
+
+    def __init__(
+        self,
+        req_to_token_pool: ReqToTokenPool | None,
+        token_to_kv_pool_allocator: BaseTokenToKVPoolAllocator | None,
+        page_size: int,
+        disable: bool = False,
+        enable_kv_cache_events: bool = False,
+        eviction_policy: str = "lru",
+        eviction_granularity: str = "page",
+    ) -> None:
+        if enable_kv_cache_events:
+            _refuse_option("enable_kv_cache_events", "kv_events")
+        super().__init__(
+            req_to_token_pool,
+            token_to_kv_pool_allocator,
+            page_size,
+            disable,
+            eviction_policy,
+            eviction_granularity,
+        )
+
+    @changing
+    def evict(self, num_tokens: int) -> int:
+        """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""
+        return self._evict(num_tokens, 0).full_num_tokens
 
 
 class RadixCacheCpp(RadixCache):

@@ -1,11 +1,13 @@
 """The oracle: every room as the shortest correct text, in lists, sets and dicts."""
 
-from kvspec.memory_checker import check_memory
-from kvspec.oracle.chunk_cache import ChunkCache
+from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
+from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
+from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
+from kvspec.oracle.swa_radix_cache import SWARadixCache
 from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 
 __all__ = [
@@ -15,8 +17,13 @@ __all__ = [
     "RadixCache",
     "RadixKey",
     "ReqToTokenPool",
+    "SWAChunkCache",
+    "SWARadixCache",
+    "SWATokenInfo",
+    "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",
     "check_memory",
+    "get_swa_token_info",
     "namespace_frame",
     "page_hashes",
 ]

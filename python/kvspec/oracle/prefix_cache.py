@@ -12,7 +12,7 @@ it says is refused before anything changes (CACHE-5).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kvspec.errors import ContractError
 from kvspec.interfaces import prefix_cache as interface
@@ -20,12 +20,13 @@ from kvspec.interfaces.prefix_cache import CacheView, InsertResult, MatchResult,
 from kvspec.interfaces.prefix_key import ExtraKey, Tokens
 from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator, Slots
+from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.boundary import numbers, tensor
 from kvspec.oracle.digest import START, mix
 from kvspec.oracle.observer import Reporter
 from kvspec.prefix_key import key_parts, key_words
 
-__all__ = ["BasePrefixCache", "LockReceipt", "RequestRow", "finished_tokens"]
+__all__ = ["BasePrefixCache", "LockReceipt", "RequestRow", "WindowedCache", "finished_tokens"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -117,10 +118,6 @@ class BasePrefixCache(Reporter):
             row = self._row(req, list(req.fill_ids))
             req.prefix_indices = tensor(row.slots[: len(row.tokens)])
 
-    def evict(self, num_tokens: int) -> int:
-        """Evict nothing (CHUNK-3)."""
-        return 0
-
     def inc_lock_ref(self, node: interface.NodeHandle) -> interface.LockReceipt:
         """Lock nothing (CACHE-18)."""
         return LockReceipt(0, node)
@@ -193,21 +190,25 @@ class BasePrefixCache(Reporter):
 
     def _row(self, req: Req, tokens: list[int]) -> RequestRow:
         """The row of a request with these committed tokens (CACHE-5, CHUNK-4)."""
-        if self.req_to_token_pool is None:
-            raise ContractError(f"{self.row_clause}: the cache has no request pool")
-        if req.req_pool_idx is None:
-            raise ContractError(f"{self.row_clause}: the request has no row")
-        try:
-            row = self.req_to_token_pool.row(req.req_pool_idx)
-        except ContractError:
-            raise ContractError(f"{self.row_clause}: row {req.req_pool_idx} is not live") from None
-        slots = numbers(row, self.row_clause)
+        slots = self._live_row(req, self.row_clause)
         if len(slots) < len(tokens):
             raise ContractError(
                 f"{self.row_clause}: row {req.req_pool_idx} holds {len(slots)} slots,"
                 f" but {len(tokens)} are committed"
             )
         return RequestRow(slots, tokens)
+
+    def _live_row(self, req: Req, clause: str) -> list[int]:
+        """row[0 : allocated) of a request, which is refused with `clause` if it has none."""
+        if self.req_to_token_pool is None:
+            raise ContractError(f"{clause}: the cache has no request pool")
+        if req.req_pool_idx is None:
+            raise ContractError(f"{clause}: the request has no row")
+        try:
+            row = self.req_to_token_pool.row(req.req_pool_idx)
+        except ContractError:
+            raise ContractError(f"{clause}: row {req.req_pool_idx} is not live") from None
+        return numbers(row, clause)
 
     def _check_lengths(self, req: Req, row: RequestRow) -> None:
         """The protected length is possible, and no page is twice in the row (CACHE-5)."""
@@ -278,3 +279,77 @@ class BasePrefixCache(Reporter):
         req.cache_protected_len = 0
         req.last_node = None
         req.lock_receipt = None
+
+
+class WindowedCache(BasePrefixCache):
+    """What the caches over an allocator with a window pool have besides (CACHE-19, CACHE-20)."""
+
+    @property
+    def _window_pool(self) -> SWATokenToKVPoolAllocator | None:
+        return cast(SWATokenToKVPoolAllocator | None, self.token_to_kv_pool_allocator)
+
+    def _require_window_pool(self, clause: str) -> None:
+        if self._window_pool is not None and not hasattr(self._window_pool, "size_swa"):
+            raise ContractError(f"{clause}: the allocator has no window pool")
+
+    def _have_windows(self, slots: Sequence[int]) -> list[bool]:
+        """Whether each slot has a window slot; where there is no allocator, it has."""
+        if self._window_pool is None:
+            return [True] * len(slots)
+        windows = self._window_pool.translate_loc_from_full_to_swa(tensor(slots))
+        return [window > 0 for window in windows.tolist()]
+
+    def evict_swa(
+        self,
+        req: Req,
+        prelen: int,
+        attention_chunk_size: int | None = None,
+        *,
+        sliding_window_size: int | None = None,
+    ) -> int:
+        """Give back the window slots that a request has left behind (CACHE-19, CACHE-20)."""
+        with self._changing("evict_swa"):
+            row = self._live_row(req, "CACHE-20")
+            if not 0 <= prelen <= len(row):
+                raise ContractError(f"CACHE-20: prelen is {prelen}, not in 0 .. {len(row)}")
+            first_read = self._first_read(prelen, attention_chunk_size, sliding_window_size)
+            pages = self._left_behind(req, row, first_read - first_read % self.page_size)
+            if pages and self._window_pool is not None:
+                self._window_pool.free_swa(tensor(self._slots_in(pages)))
+            if pages:
+                self._report_pages("evict_swa", pages)
+            return len(pages) * self.page_size
+
+    def _left_behind(self, req: Req, row: Sequence[int], frontier: int) -> list[int]:
+        """The request's own pages before the frontier, back to one without a pair (CACHE-19)."""
+        firsts = row[req.cache_protected_len : frontier : self.page_size]
+        windows = self._have_windows(firsts)
+        start = max((at + 1 for at, has_window in enumerate(windows) if not has_window), default=0)
+        return [first // self.page_size for first in firsts[start:]]
+
+    def _first_read(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
+        """The first position that the next token's window, or its chunk, still reads (CACHE-19)."""
+        sizes = {"attention_chunk_size": chunk_size, "sliding_window_size": window_size}
+        given = [(option, size) for option, size in sizes.items() if size is not None]
+        if len(given) != 1:
+            raise ContractError(f"CACHE-20: {len(given)} of {' and '.join(sizes)} are given, not 1")
+        ((option, size),) = given
+        if size < 1:
+            raise ContractError(f"CACHE-20: {option} is {size}")
+        return max(prelen - size + 1, 0) if chunk_size is None else prelen - prelen % size
+
+    def full_evictable_size(self) -> int:
+        """Tokens that `evict` could give back to the full pool (SWARADIX-10)."""
+        return self.evictable_size()
+
+    def full_protected_size(self) -> int:
+        """Tokens under a lock (SWARADIX-10)."""
+        return self.protected_size()
+
+    def swa_evictable_size(self) -> int:
+        """Tokens that `evict` could give back to the window pool (SWARADIX-10)."""
+        return 0
+
+    def swa_protected_size(self) -> int:
+        """Tokens with a pair under a window lock (SWARADIX-10)."""
+        return 0

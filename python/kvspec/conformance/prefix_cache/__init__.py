@@ -1,7 +1,5 @@
 """Conformance of prefix caches: what all of them keep. Spec: CACHE."""
 
-from typing import Any
-
 import pytest
 
 from kvspec.conformance import clause
@@ -9,6 +7,7 @@ from kvspec.conformance.prefix_cache.entries import EntryConformance
 from kvspec.conformance.prefix_cache.requests import RequestConformance
 from kvspec.conformance.prefix_cache.system import (
     ABC,
+    KINDS,
     CacheConformance,
     Request,
     System,
@@ -16,38 +15,47 @@ from kvspec.conformance.prefix_cache.system import (
     numbers,
     refused,
 )
+from kvspec.conformance.prefix_cache.tombstones import TombstoneConformance
+from kvspec.conformance.prefix_cache.windows import WindowConformance
 from kvspec.errors import ContractError
-from kvspec.interfaces.radix_cache import RadixCache
 
 __all__ = ["CacheConformance", "PrefixCacheConformance", "Request", "System", "numbers", "refused"]
 
 
-class PrefixCacheConformance(RequestConformance, EntryConformance):
+NOT_SHARING = ["disabled", "chunk", "swadisabled", "swachunk"]
+
+
+class PrefixCacheConformance(
+    RequestConformance, EntryConformance, WindowConformance, TombstoneConformance
+):
     """The clauses CACHE, on the radix cache and, where they say something, on the others."""
 
     # Options
 
     @clause("CACHE-17")
-    @pytest.mark.parametrize(
-        "options", [{"page_size": 0}, {"page_size": 2}, {"enable_kv_cache_events": True}]
-    )
-    def test_options_that_cannot_be_met_are_refused(self, options: dict[str, Any]) -> None:
-        pools = self.serving(page_size=4)
+    def test_option_whose_room_does_not_exist_is_refused(self) -> None:
+        with pytest.raises(ContractError) as caught:
+            self.serving(enable_kv_cache_events=True)
+        assert caught.value.clause == "CACHE-17"
+
+    @clause("CACHE-17")
+    @pytest.mark.parametrize("kind", list(KINDS))
+    @pytest.mark.parametrize("page_size", [0, 2])
+    def test_page_size_that_is_not_the_allocators_is_refused(
+        self, kind: str, page_size: int
+    ) -> None:
+        made, pools = KINDS[kind], self.serving(page_size=4, kind=kind)
         arguments = {
             "req_to_token_pool": pools.pool,
             "token_to_kv_pool_allocator": pools.allocator,
-            "page_size": 4,
-            "disable": False,
-            "enable_kv_cache_events": False,
-            "eviction_policy": "lru",
-            "eviction_granularity": "page",
+            "page_size": page_size,
         }
         with pytest.raises(ContractError) as caught:
-            self.subject("RadixCache", RadixCache, "prefix_cache", **{**arguments, **options})
+            self.subject(made.name, made.interface, "prefix_cache", **{**made.options, **arguments})
         assert caught.value.clause == "CACHE-17"
 
     @clause("CACHE-18")
-    @pytest.mark.parametrize("kind", ["disabled", "chunk"])
+    @pytest.mark.parametrize("kind", NOT_SHARING)
     def test_cache_that_does_not_share_finds_and_keeps_nothing(self, kind: str) -> None:
         system = self.serving(kind=kind)
         slots = numbers(system.allocator.alloc(8))
@@ -61,11 +69,11 @@ class PrefixCacheConformance(RequestConformance, EntryConformance):
         assert receipt.delta == 0
         assert system.cache.protected_size() == 0
         assert system.cache.dec_lock_ref(receipt) == 0
-        assert system.cache.evict(8) == 0
+        assert system.evict(8) == 0
         assert not system.cache.view().pages
 
     @clause("CACHE-18")
-    @pytest.mark.parametrize("kind", ["disabled", "chunk"])
+    @pytest.mark.parametrize("kind", NOT_SHARING)
     @pytest.mark.parametrize("outputs", [0, 1, 6])
     def test_cache_that_does_not_share_gives_back_the_row(self, kind: str, outputs: int) -> None:
         system = self.serving(kind=kind, spy=True)

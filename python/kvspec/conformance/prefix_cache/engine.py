@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvspec.conformance.prefix_cache.system import CacheConformance, Request, System
+from kvspec.conformance.prefix_cache.system import KINDS, CacheConformance, Request, System
 
 __all__ = ["Engine"]
 
@@ -17,6 +17,7 @@ class Engine(RuleBasedStateMachine):
 
     suite: CacheConformance
     system: System
+    width: int
 
     @classmethod
     def of(cls, suite: CacheConformance) -> "type[Engine]":
@@ -24,13 +25,22 @@ class Engine(RuleBasedStateMachine):
         return type(cls.__name__, (cls,), {"suite": suite})
 
     @initialize(
-        kind=st.sampled_from(["radix", "radix", "radix", "disabled", "chunk"]),
+        kind=st.sampled_from([*KINDS, "radix", "swaradix", "swaradix"]),
         page_size=st.sampled_from([1, 2, 4]),
         slot_count=st.sampled_from([12, 20, 36]),
+        windows=st.sampled_from([8, 12, 36]),
+        width=st.sampled_from([1, 2, 3, 5, 9]),
     )
-    def start(self, kind: str, page_size: int, slot_count: int) -> None:
-        count = slot_count // page_size
-        self.system = self.suite.serving(page_size, kind=kind, page_count=count)
+    def start(self, kind: str, page_size: int, slot_count: int, windows: int, width: int) -> None:
+        """Pools of slots and window slots, and a window of a width where the cache has its own."""
+        own = "sliding_window_size" in KINDS[kind].options
+        options = {"sliding_window_size": width} if own else {}
+        counts = {
+            "page_count": slot_count // page_size,
+            "swa_page_count": min(windows, slot_count) // page_size,
+        }
+        self.width = width
+        self.system = self.suite.serving(page_size, kind=kind, **counts, **options)
 
     @rule(tokens=tokens, extra_key=st.sampled_from([None, "a"]))
     def admit(self, tokens: list[int], extra_key: Any) -> None:
@@ -41,7 +51,7 @@ class Engine(RuleBasedStateMachine):
     def chunk(self, which: int, part: int) -> None:
         for system, req in self._chosen(which):
             length = system.pool.row_length(req.req_pool_idx)
-            stop = min(max(part, length), len(req.tokens))
+            stop = min(max(part, length), self._committed(req))
             if stop >= length and system.compute(req, stop):
                 system.chunk(req, stop)
 
@@ -55,15 +65,37 @@ class Engine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 3))
     def finish(self, which: int) -> None:
         for system, req in self._chosen(which):
-            committed = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
-            if system.compute(req, committed):
+            if system.compute(req, self._committed(req)):
                 system.finish(req)
 
-    @rule(count=st.integers(0, 9))
-    def evict(self, count: int) -> None:
-        before = self.system.allocator.available_size()
-        evicted = self.system.cache.evict(count)
-        assert self.system.allocator.available_size() == before + evicted
+    @rule(which=st.integers(0, 3), again=st.booleans())
+    def retract(self, which: int, again: bool) -> None:
+        """Give a request up; it may begin again at once, in the row that it had."""
+        for system, req in self._chosen(which):
+            system.retract(req)
+            if again:
+                system.begin(req)
+
+    @rule(which=st.integers(0, 3), chunked=st.booleans())
+    def leave_behind(self, which: int, chunked: bool) -> None:
+        """A request moves on, by a window or by chunks."""
+        for system, req in self._chosen(which):
+            if hasattr(system.cache, "evict_swa"):
+                before = system.available()
+                option = "attention_chunk_size" if chunked else "sliding_window_size"
+                count = system.evict_swa(req, **{option: self.width})
+                assert system.available() == (before[0], before[1] + count)
+
+    @rule(count=st.integers(0, 9), windows=st.integers(0, 9))
+    def evict(self, count: int, windows: int) -> None:
+        system = self.system
+        before = system.available()
+        if hasattr(system.cache, "sliding_window_size"):
+            evicted = tuple(system.cache.evict(count, windows))
+        else:
+            evicted = (system.evict(count), 0)
+        after = system.available()
+        assert after == (before[0] + evicted[0], before[1] + evicted[1])
 
     @rule()
     def flush(self) -> None:
@@ -73,6 +105,10 @@ class Engine(RuleBasedStateMachine):
     @invariant()
     def one_owner(self) -> None:
         self.system.settle()
+
+    def _committed(self, req: Request) -> int:
+        """How many of its tokens can have KV: the last sampled one has none."""
+        return len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
 
     def _chosen(self, which: int) -> list[tuple[System, Request]]:
         return [(self.system, req) for req in self.system.requests[which : which + 1]]

@@ -11,6 +11,7 @@ from kvspec.conformance.prefix_cache.system import (
     covered,
     numbers,
     refused,
+    sharing,
 )
 
 __all__ = ["EntryConformance"]
@@ -22,9 +23,10 @@ class EntryConformance(CacheConformance):
     # Insert
 
     @clause("CACHE-8")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4, 16])
-    def test_insert_sorts_every_slot_into_one_range(self, page_size: int) -> None:
-        system, size = self.stocked(page_size), page_size
+    def test_insert_sorts_every_slot_into_one_range(self, page_size: int, kind: str) -> None:
+        system, size = self.stocked(page_size, kind=kind), page_size
         tokens = list(range(5 * size))
         system.insert(tokens[: 3 * size], 1, 2, 3)
 
@@ -39,9 +41,10 @@ class EntryConformance(CacheConformance):
         assert covered(result) == list(range(4 * size + len(tail)))
 
     @clause("CACHE-8")
+    @sharing
     @pytest.mark.parametrize("length", [0, 3])
-    def test_key_below_a_page_is_all_tail(self, length: int) -> None:
-        system = self.stocked()
+    def test_key_below_a_page_is_all_tail(self, length: int, kind: str) -> None:
+        system = self.stocked(kind=kind)
         result = system.insert(ABC[:length], 1)
         assert (result.prefix_len, result.shared, result.adopted, result.duplicate) == (
             0,
@@ -53,9 +56,10 @@ class EntryConformance(CacheConformance):
         assert system.cache.resolve(result.last_device_node) == (None, ())
 
     @clause("CACHE-9")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4])
-    def test_insert_replaces_nothing_and_frees_nothing(self, page_size: int) -> None:
-        system = self.stocked(page_size, spy=True)
+    def test_insert_replaces_nothing_and_frees_nothing(self, page_size: int, kind: str) -> None:
+        system = self.stocked(page_size, spy=True, kind=kind)
         tokens = list(range(3 * page_size))
         system.insert(tokens[: 2 * page_size], 1, 2)
 
@@ -67,8 +71,9 @@ class EntryConformance(CacheConformance):
         assert system.allocator.available_size() == 0
 
     @clause("CACHE-9")
-    def test_the_tree_keeps_its_own_copy_of_slots(self) -> None:
-        system = self.serving()
+    @sharing
+    def test_the_tree_keeps_its_own_copy_of_slots(self, kind: str) -> None:
+        system = self.serving(kind=kind)
         req = system.admit(ABC)
         assert system.compute(req, 12)
         row = system.pool.req_to_token[req.req_pool_idx, :12]
@@ -80,6 +85,7 @@ class EntryConformance(CacheConformance):
         assert system.held_along(ABC) == before
 
     @clause("CACHE-10")
+    @sharing
     @pytest.mark.parametrize(
         ("tokens", "slots"),
         [
@@ -96,17 +102,20 @@ class EntryConformance(CacheConformance):
             (ABC[:4], [20.0, 21.0, 22.0, 23.0]),
         ],
     )
-    def test_slots_that_cannot_be_the_keys_are_refused(self, tokens: Any, slots: Any) -> None:
-        system = self.stocked()
+    def test_slots_that_cannot_be_the_keys_are_refused(
+        self, tokens: Any, slots: Any, kind: str
+    ) -> None:
+        system = self.stocked(kind=kind)
         system.insert(ABC[:8], 1, 2)
         refused(system, "CACHE-10", system.cache.insert, tokens, slots)
 
     # Locks
 
     @clause("CACHE-11")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4])
-    def test_lock_covers_the_whole_path_once_more(self, page_size: int) -> None:
-        system, size = self.stocked(page_size), page_size
+    def test_lock_covers_the_whole_path_once_more(self, page_size: int, kind: str) -> None:
+        system, size = self.stocked(page_size, kind=kind), page_size
         tokens = list(range(3 * size))
         below = system.insert(tokens, 1, 2, 3).last_device_node
         above = system.cache.match_prefix(tokens[:size]).last_device_node
@@ -122,9 +131,12 @@ class EntryConformance(CacheConformance):
         assert system.cache.protected_size() == 3 * size
 
     @clause("CACHE-12")
+    @sharing
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
-    def test_receipts_are_exact_in_any_order_across_splits(self, order: tuple[int, ...]) -> None:
-        system = self.stocked(page_size=1)
+    def test_receipts_are_exact_in_any_order_across_splits(
+        self, order: tuple[int, ...], kind: str
+    ) -> None:
+        system = self.stocked(page_size=1, kind=kind)
         node = system.insert([1, 2, 3, 4], 1, 2, 3, 4).last_device_node
         receipts = [system.cache.inc_lock_ref(node)]
         fork = system.insert([1, 2, 8], 1, 2, 5).last_device_node
@@ -144,20 +156,22 @@ class EntryConformance(CacheConformance):
         assert system.cache.protected_size() == 0
 
     @clause("CACHE-12")
-    def test_lock_outlives_what_is_evicted_below_it(self) -> None:
-        system = self.stocked(page_size=1)
+    @sharing
+    def test_lock_outlives_what_is_evicted_below_it(self, kind: str) -> None:
+        system = self.stocked(page_size=1, kind=kind)
         node = system.insert([1, 2], 1, 2).last_device_node
         receipt = system.cache.inc_lock_ref(node)
         system.insert([1, 2, 3, 4], 1, 2, 3, 4)
-        assert system.cache.evict(4) == 2
+        assert system.evict(4) == 2
         system.insert([1, 2, 5], 1, 2, 5)
 
         assert system.cache.dec_lock_ref(receipt) == 2
-        assert system.cache.evict(4) == 3
+        assert system.evict(4) == 3
 
     @clause("CACHE-12")
-    def test_unlock_by_node_takes_its_oldest_receipt(self) -> None:
-        system = self.stocked(page_size=1)
+    @sharing
+    def test_unlock_by_node_takes_its_oldest_receipt(self, kind: str) -> None:
+        system = self.stocked(page_size=1, kind=kind)
         node = system.insert([1, 2], 1, 2).last_device_node
         other = system.cache.match_prefix([1]).last_device_node
         receipts = [system.cache.inc_lock_ref(each) for each in (other, node, node)]
@@ -170,8 +184,9 @@ class EntryConformance(CacheConformance):
         assert system.cache.dec_lock_ref(receipts[0]) == 1
 
     @clause("CACHE-13")
-    def test_what_is_not_open_cannot_be_unlocked(self) -> None:
-        system, elsewhere = self.stocked(page_size=1), self.stocked(page_size=1)
+    @sharing
+    def test_what_is_not_open_cannot_be_unlocked(self, kind: str) -> None:
+        system, elsewhere = (self.stocked(page_size=1, kind=kind) for _ in range(2))
         node = system.insert([1], 1).last_device_node
         foreign = elsewhere.insert([1], 1).last_device_node
         receipt = system.cache.inc_lock_ref(node)
@@ -183,8 +198,9 @@ class EntryConformance(CacheConformance):
         assert system.cache.dec_lock_ref(keep) == 0
 
     @clause("CACHE-13")
-    def test_stale_and_foreign_handles_cannot_be_locked(self) -> None:
-        system, elsewhere = self.stocked(page_size=1), self.stocked(page_size=1)
+    @sharing
+    def test_stale_and_foreign_handles_cannot_be_locked(self, kind: str) -> None:
+        system, elsewhere = (self.stocked(page_size=1, kind=kind) for _ in range(2))
         node = system.insert([1], 1).last_device_node
         system.cache.evict(1)
         system.insert([1], 2)
@@ -196,8 +212,9 @@ class EntryConformance(CacheConformance):
     # Handles and reset
 
     @clause("CACHE-14")
-    def test_handle_names_its_path_until_its_last_page_goes(self) -> None:
-        system = self.stocked(page_size=1, page_count=24)
+    @sharing
+    def test_handle_names_its_path_until_its_last_page_goes(self, kind: str) -> None:
+        system = self.stocked(page_size=1, page_count=24, kind=kind)
         node = system.insert([1, 2, 3], 1, 2, 3, extra_key="a").last_device_node
         top = system.cache.match_prefix([1], extra_key="a").last_device_node
         system.insert([1, 2, 7], 1, 2, 4, extra_key="a")
@@ -205,18 +222,19 @@ class EntryConformance(CacheConformance):
         assert system.cache.resolve(top) == ("a", (1,))
 
         system.cache.match_prefix([1, 2, 7], extra_key="a")
-        assert system.cache.evict(1) == 1
+        assert system.evict(1) == 1
         system.insert([1, 2, 3], 1, 2, 5, extra_key="a")
 
         assert system.cache.resolve(node) is None
         assert system.cache.resolve(top) == ("a", (1,))
 
     @clause("CACHE-14")
-    def test_handle_of_a_trimmed_page_stays_stale(self) -> None:
-        system = self.stocked(page_size=4)
+    @sharing
+    def test_handle_of_a_trimmed_page_stays_stale(self, kind: str) -> None:
+        system = self.stocked(page_size=4, kind=kind)
         node = system.insert(ABC, 1, 2, 3).last_device_node
         middle = system.cache.match_prefix(ABC[:8]).last_device_node
-        assert system.cache.evict(1) == 4
+        assert system.evict(1) == 4
         assert system.cache.resolve(node) is None
 
         system.insert(ABC, 1, 2, 4)
@@ -226,21 +244,25 @@ class EntryConformance(CacheConformance):
         assert system.cache.match_prefix(ABC).last_device_node != node
 
     @clause("CACHE-14")
-    def test_handle_of_nothing_is_live_until_reset(self) -> None:
-        system = self.stocked(page_size=1)
+    @sharing
+    def test_handle_of_nothing_is_live_until_reset(self, kind: str) -> None:
+        system = self.stocked(page_size=1, kind=kind)
         root = system.cache.match_prefix([1], extra_key="a").last_device_node
         system.insert([1], 1)
         assert system.cache.resolve(root) == ("a", ())
-        system.cache.evict(1)
+        system.evict(1)
         assert system.cache.resolve(root) == ("a", ())
         system.cache.reset()
         system.insert([1], 2)
         assert system.cache.resolve(root) is None
 
     @clause("CACHE-15")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4])
-    def test_reset_gives_everything_back_and_ages_every_handle(self, page_size: int) -> None:
-        system = self.stocked(page_size, spy=True)
+    def test_reset_gives_everything_back_and_ages_every_handle(
+        self, page_size: int, kind: str
+    ) -> None:
+        system = self.stocked(page_size, spy=True, kind=kind)
         tokens = list(range(3 * page_size))
         nodes = [system.insert(tokens, 3, 1, 2).last_device_node]
         nodes.append(system.insert(tokens[:page_size], 7, extra_key="b").last_device_node)
@@ -257,8 +279,9 @@ class EntryConformance(CacheConformance):
         assert [system.cache.resolve(node) for node in nodes] == [None] * 4
 
     @clause("CACHE-16")
-    def test_reset_is_refused_while_a_receipt_is_open(self) -> None:
-        system = self.stocked(page_size=1)
+    @sharing
+    def test_reset_is_refused_while_a_receipt_is_open(self, kind: str) -> None:
+        system = self.stocked(page_size=1, kind=kind)
         system.insert([1, 2], 1, 2)
         for key in ([1], [9]):
             receipt = system.cache.inc_lock_ref(system.cache.match_prefix(key).last_device_node)

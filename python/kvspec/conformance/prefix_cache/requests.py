@@ -10,11 +10,13 @@ from kvspec.conformance import clause
 from kvspec.conformance.prefix_cache.engine import Engine
 from kvspec.conformance.prefix_cache.system import (
     ABC,
+    KINDS,
     CacheConformance,
     Request,
     System,
     numbers,
     refused,
+    sharing,
 )
 from kvspec.conformance.suite import fuzzing
 from kvspec.errors import ContractError
@@ -29,7 +31,7 @@ class RequestConformance(CacheConformance):
 
     @clause("CACHE-1")
     @pytest.mark.parametrize("page_size", [1, 4, 16])
-    @pytest.mark.parametrize("kind", ["radix", "disabled", "chunk"])
+    @pytest.mark.parametrize("kind", list(KINDS))
     def test_every_page_has_one_owner_all_along(self, page_size: int, kind: str) -> None:
         system = self.serving(page_size, kind=kind, page_count=128 // page_size)
         first, second = system.admit(range(20)), system.admit(range(24))
@@ -53,9 +55,12 @@ class RequestConformance(CacheConformance):
         run_state_machine_as_test(Engine.of(self), settings=settings(fuzzing(), max_examples=20))
 
     @clause("CACHE-2")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4, 16])
-    def test_unfinished_request_continues_on_the_pages_of_the_tree(self, page_size: int) -> None:
-        system = self.serving(page_size, page_count=128 // page_size)
+    def test_unfinished_request_continues_on_the_pages_of_the_tree(
+        self, page_size: int, kind: str
+    ) -> None:
+        system = self.serving(page_size, page_count=128 // page_size, kind=kind)
         first, second = system.admit(range(20)), system.admit(range(20))
         assert system.compute(first, 20)
         assert system.compute(second, 20)
@@ -75,19 +80,21 @@ class RequestConformance(CacheConformance):
         assert system.cache.view().receipts == ((None, tuple(range(whole))),) * 2
 
     @clause("CACHE-2")
-    def test_each_chunk_moves_the_lock_and_keeps_one(self) -> None:
-        system = self.serving()
+    @sharing
+    def test_each_chunk_moves_the_lock_and_keeps_one(self, kind: str) -> None:
+        system = self.serving(kind=kind)
         req = system.admit(ABC)
         for stop, protected in ((3, 0), (6, 4), (7, 4), (12, 12)):
             system.chunk(req, stop)
             assert req.cache_protected_len == protected
             assert system.cache.view().receipts == ((None, tuple(ABC[:protected])),)
             assert system.cache.protected_size() == protected
-        assert system.cache.evict(12) == 0
+        assert system.evict(12) == 0
 
     @clause("CACHE-2")
-    def test_prefix_indices_are_a_copy(self) -> None:
-        system = self.serving()
+    @sharing
+    def test_prefix_indices_are_a_copy(self, kind: str) -> None:
+        system = self.serving(kind=kind)
         req = system.admit(ABC)
         system.chunk(req, 10)
         before = system.row(req)
@@ -98,8 +105,11 @@ class RequestConformance(CacheConformance):
         assert system.row(req) == [60, 61, *before[2:]]
 
     @clause("CACHE-2")
-    def test_page_that_another_request_cached_after_a_chunk_ended_inside_it(self) -> None:
-        system = self.serving()
+    @sharing
+    def test_page_that_another_request_cached_after_a_chunk_ended_inside_it(
+        self, kind: str
+    ) -> None:
+        system = self.serving(kind=kind)
         first, second = system.admit(ABC), system.admit(ABC)
         system.chunk(first, 6)
         system.chunk(second, 12)
@@ -112,8 +122,9 @@ class RequestConformance(CacheConformance):
         system.settle()
 
     @clause("CACHE-3")
-    def test_exactly_the_duplicates_come_back(self) -> None:
-        system = self.serving(spy=True)
+    @sharing
+    def test_exactly_the_duplicates_come_back(self, kind: str) -> None:
+        system = self.serving(spy=True, kind=kind)
         first, second = system.admit(ABC), system.admit([*range(8), 20, 21, 22, 23, 24])
         assert system.compute(second, 13)
         own = system.row(second)
@@ -128,8 +139,9 @@ class RequestConformance(CacheConformance):
         assert system.allocator.frees == [sorted(own[:8])]
 
     @clause("CACHE-3")
-    def test_row_of_a_shared_prefix_is_not_given_back(self) -> None:
-        system = self.serving(spy=True)
+    @sharing
+    def test_row_of_a_shared_prefix_is_not_given_back(self, kind: str) -> None:
+        system = self.serving(spy=True, kind=kind)
         first = system.admit(ABC)
         system.chunk(first, 12)
         second = system.admit([*ABC, 30, 31, 32, 33, 34])
@@ -141,12 +153,13 @@ class RequestConformance(CacheConformance):
         system.settle()
 
     @clause("CACHE-4")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4, 16])
     @pytest.mark.parametrize("outputs", [0, 1, 2, 7])
     def test_finished_request_leaves_its_whole_pages_and_nothing_else(
-        self, page_size: int, outputs: int
+        self, page_size: int, outputs: int, kind: str
     ) -> None:
-        system = self.serving(page_size, page_count=128 // page_size)
+        system = self.serving(page_size, page_count=128 // page_size, kind=kind)
         req = system.admit(range(17))
         system.chunk(req, 17)
         for token in range(outputs):
@@ -166,9 +179,12 @@ class RequestConformance(CacheConformance):
         system.settle()
 
     @clause("CACHE-4")
+    @sharing
     @pytest.mark.parametrize("beyond", [1, 3, 4, 9])
-    def test_what_was_allocated_beyond_the_committed_tokens_comes_back(self, beyond: int) -> None:
-        system = self.serving()
+    def test_what_was_allocated_beyond_the_committed_tokens_comes_back(
+        self, beyond: int, kind: str
+    ) -> None:
+        system = self.serving(kind=kind)
         req = system.admit(range(9))
         assert system.compute(req, 9 + beyond)
 
@@ -179,8 +195,9 @@ class RequestConformance(CacheConformance):
         system.settle()
 
     @clause("CACHE-4")
-    def test_duplicates_of_a_finished_request_come_back(self) -> None:
-        system = self.serving(spy=True)
+    @sharing
+    def test_duplicates_of_a_finished_request_come_back(self, kind: str) -> None:
+        system = self.serving(spy=True, kind=kind)
         first, second = system.admit(range(9)), system.admit(range(9))
         for req in (first, second):
             assert system.compute(req, 9)
@@ -197,8 +214,9 @@ class RequestConformance(CacheConformance):
         system.settle()
 
     @clause("CACHE-4")
-    def test_namespace_of_a_request_is_that_of_its_pages(self) -> None:
-        system = self.serving()
+    @sharing
+    def test_namespace_of_a_request_is_that_of_its_pages(self, kind: str) -> None:
+        system = self.serving(kind=kind)
         for extra_key in ("a", "b", None):
             req = system.admit(range(9), extra_key)
             assert req.cache_protected_len == 0
@@ -208,10 +226,13 @@ class RequestConformance(CacheConformance):
         assert system.cache.total_size() == 24
 
     @clause("CACHE-5")
+    @sharing
     @pytest.mark.parametrize("fault", range(11))
     @pytest.mark.parametrize("call", ["cache_unfinished_req", "cache_finished_req"])
-    def test_request_that_is_not_what_it_says_is_refused(self, call: str, fault: int) -> None:
-        system = self.serving()
+    def test_request_that_is_not_what_it_says_is_refused(
+        self, call: str, fault: int, kind: str
+    ) -> None:
+        system = self.serving(kind=kind)
         other = system.admit(range(40, 48))
         system.chunk(other, 8)
         req = system.admit(ABC)
@@ -225,8 +246,9 @@ class RequestConformance(CacheConformance):
         refused(system, "CACHE-5", getattr(system.cache, call), req)
 
     @clause("CACHE-5")
-    def test_finishing_twice_is_refused(self) -> None:
-        system = self.serving()
+    @sharing
+    def test_finishing_twice_is_refused(self, kind: str) -> None:
+        system = self.serving(kind=kind)
         req = system.admit(ABC)
         system.chunk(req, 12)
         system.cache.cache_finished_req(req)
@@ -237,9 +259,10 @@ class RequestConformance(CacheConformance):
         refused(system, "CACHE-5", system.cache.cache_finished_req, req)
 
     @clause("CACHE-5")
+    @sharing
     @pytest.mark.parametrize("call", ["cache_unfinished_req", "cache_finished_req"])
-    def test_request_that_locked_nothing_needs_no_receipt(self, call: str) -> None:
-        system = self.serving()
+    def test_request_that_locked_nothing_needs_no_receipt(self, call: str, kind: str) -> None:
+        system = self.serving(kind=kind)
         req = system.admit(ABC)
         assert system.compute(req, 12)
         req.fill_ids, req.last_node = ABC, None
@@ -250,10 +273,13 @@ class RequestConformance(CacheConformance):
         assert system.cache.protected_size() == (12 if call == "cache_unfinished_req" else 0)
 
     @clause("CACHE-6")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4])
     @pytest.mark.parametrize("call", ["cache_unfinished_req", "cache_finished_req", "evict"])
-    def test_operation_whose_free_fails_has_not_happened(self, call: str, page_size: int) -> None:
-        system, req = self._about_to_free(page_size)
+    def test_operation_whose_free_fails_has_not_happened(
+        self, call: str, page_size: int, kind: str
+    ) -> None:
+        system, req = self._about_to_free(page_size, kind=kind)
         argument = 8 if call == "evict" else req
         before = system.state()
 
@@ -270,10 +296,11 @@ class RequestConformance(CacheConformance):
         assert system.state() != before
 
     @clause("CACHE-6")
+    @sharing
     @pytest.mark.parametrize("page_size", [1, 4])
     @pytest.mark.parametrize("call", ["cache_unfinished_req", "cache_finished_req", "evict"])
-    def test_operation_gives_back_in_one_free(self, call: str, page_size: int) -> None:
-        system, req = self._about_to_free(page_size)
+    def test_operation_gives_back_in_one_free(self, call: str, page_size: int, kind: str) -> None:
+        system, req = self._about_to_free(page_size, kind=kind)
         available = system.allocator.available_size()
 
         getattr(system.cache, call)(8 if call == "evict" else req)
@@ -284,9 +311,9 @@ class RequestConformance(CacheConformance):
         pages = {slot // page_size for slot in freed}
         assert system.allocator.available_size() == available + len(pages) * page_size
 
-    def _about_to_free(self, page_size: int) -> tuple[System, Request]:
+    def _about_to_free(self, page_size: int, kind: str) -> tuple[System, Request]:
         """A tree of 8 evictable tokens, and a request with duplicates and a tail."""
-        system = self.serving(page_size, page_count=64 // page_size, spy=True)
+        system = self.serving(page_size, page_count=64 // page_size, spy=True, kind=kind)
         req, first = system.admit(range(10)), system.admit(range(10))
         for each in (first, req):
             assert system.compute(each, 10)
@@ -298,12 +325,15 @@ class RequestConformance(CacheConformance):
         return system, req
 
     @clause("CACHE-7")
+    @sharing
     @pytest.mark.parametrize(
         "inner", ["match_prefix", "insert", "evict", "inc_lock_ref", "reset", "cache_finished_req"]
     )
     @pytest.mark.parametrize("outer", ["cache_unfinished_req", "cache_finished_req", "evict"])
-    def test_call_from_inside_the_allocator_is_refused(self, outer: str, inner: str) -> None:
-        system, req = self._about_to_free(page_size=4)
+    def test_call_from_inside_the_allocator_is_refused(
+        self, outer: str, inner: str, kind: str
+    ) -> None:
+        system, req = self._about_to_free(page_size=4, kind=kind)
         arguments: dict[str, tuple[Any, ...]] = {
             "match_prefix": (ABC,),
             "insert": ([70, 71, 72, 73], [60, 61, 62, 63]),
@@ -321,8 +351,9 @@ class RequestConformance(CacheConformance):
         assert system.state() == before
 
     @clause("CACHE-7")
-    def test_call_from_inside_an_observer_is_refused(self) -> None:
-        system = self.stocked()
+    @sharing
+    def test_call_from_inside_an_observer_is_refused(self, kind: str) -> None:
+        system = self.stocked(kind=kind)
         seen: list[Any] = []
         errors: list[ContractError] = []
 
@@ -330,14 +361,14 @@ class RequestConformance(CacheConformance):
             seen.append((operation.room, operation.name, numbers(operation.slots)))
             seen.append(system.held_along(ABC[:4]))
             try:
-                system.cache.evict(4)
+                system.evict(4)
             except ContractError as error:
                 errors.append(error)
 
         system.cache.attach(meddle)
         system.insert(ABC[:4], 1)
 
-        assert seen == [("radix_cache", "insert", system.slots(1)), system.slots(1)]
+        assert seen == [(KINDS[kind].room, "insert", system.slots(1)), system.slots(1)]
         assert [error.clause for error in errors] == ["CACHE-7"]
         assert system.cache.total_size() == 4
 

@@ -17,7 +17,6 @@ from kvspec.conformance.radix_cache.eviction import EvictionConformance
 from kvspec.conformance.radix_cache.paths import POLICIES, Tree
 from kvspec.conformance.suite import fuzzing
 from kvspec.errors import ContractError
-from kvspec.interfaces.radix_cache import RadixCache
 
 __all__ = ["RadixCacheConformance"]
 
@@ -152,18 +151,7 @@ class RadixCacheConformance(ContentConformance, EvictionConformance):
 
     @clause("RADIX-8")
     def test_cache_without_pools_answers_questions_about_keys(self) -> None:
-        cache = self.subject(
-            "RadixCache",
-            RadixCache,
-            "radix_cache",
-            req_to_token_pool=None,
-            token_to_kv_pool_allocator=None,
-            page_size=2,
-            disable=False,
-            enable_kv_cache_events=False,
-            eviction_policy="lru",
-            eviction_granularity="page",
-        )
+        cache = self.alone(page_size=2)
         cache.insert([1, 2, 3, 4], [2, 3, 4, 5])
         assert cache.evict(2) == 2
         assert numbers(cache.match_prefix([1, 2, 3, 4]).device_indices) == [2, 3]

@@ -8,23 +8,16 @@ import pytest
 import torch
 
 from kvspec.conformance import clause
-from kvspec.conformance.prefix_cache.system import ABC, CacheConformance, System, numbers, refused
+from kvspec.conformance.prefix_cache.system import ABC, numbers, refused
+from kvspec.conformance.radix_cache.paths import TreeConformance
 from kvspec.prefix_key import RadixKey
 
-__all__ = ["ContentConformance", "TreeConformance"]
+__all__ = ["ContentConformance"]
 
 NAMESPACES: list[Any] = [
     *(None, "", "a", "ab", b"a", 1, "1", 0, (), (None,), ("a",), (("a",),)),
     *(("ab", "c"), ("a", "bc"), ("S", None), (None, "S"), "a\0", b""),
 ]
-
-
-class TreeConformance(CacheConformance):
-    """What the suites of the radix cache have."""
-
-    def tree(self, **options: Any) -> System:
-        """A cache of pages of one slot, all in the test's hand."""
-        return self.stocked(**{"page_size": 1, "page_count": 32, **options})
 
 
 class ContentConformance(TreeConformance):
@@ -193,7 +186,7 @@ class ContentConformance(TreeConformance):
 
     @clause("RADIX-4")
     def test_chunks_of_a_request_are_no_hits(self) -> None:
-        system = self.serving(page_size=4)
+        system = self.tree(page_size=4, handed_out=False)
         req = system.admit(ABC)
         for stop in (4, 8, 12):
             system.chunk(req, stop)

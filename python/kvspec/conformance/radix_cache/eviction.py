@@ -6,8 +6,7 @@ import pytest
 
 from kvspec.conformance import clause
 from kvspec.conformance.prefix_cache.system import ABC, System, refused
-from kvspec.conformance.radix_cache.contents import TreeConformance
-from kvspec.conformance.radix_cache.paths import POLICIES
+from kvspec.conformance.radix_cache.paths import POLICIES, TreeConformance
 
 __all__ = ["EvictionConformance"]
 

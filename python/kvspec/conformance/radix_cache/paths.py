@@ -6,13 +6,35 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvspec.conformance.prefix_cache.system import CacheConformance, numbers
+from kvspec.conformance.prefix_cache.system import CacheConformance, System, numbers
 from kvspec.interfaces.prefix_cache import CacheView, PageView, Path
 from kvspec.interfaces.radix_cache import RadixCache
 
-__all__ = ["POLICIES", "Paths", "Tree"]
+__all__ = ["POLICIES", "Paths", "Tree", "TreeConformance"]
 
 POLICIES = ("lru", "lfu", "fifo", "mru", "filo", "slru", "priority")
+
+
+class TreeConformance(CacheConformance):
+    """What the suites of the radix cache have."""
+
+    def tree(self, **options: Any) -> System:
+        """A cache of pages of one slot, all in the test's hand."""
+        return self.stocked(**{"page_size": 1, "page_count": 32, **options})
+
+    def alone(self, page_size: int, **options: str) -> Any:
+        """A cache without pools."""
+        arguments = {
+            "req_to_token_pool": None,
+            "token_to_kv_pool_allocator": None,
+            "page_size": page_size,
+            "disable": False,
+            "enable_kv_cache_events": False,
+            "eviction_policy": "lru",
+            "eviction_granularity": "page",
+            **options,
+        }
+        return self.subject("RadixCache", RadixCache, "radix_cache", "prefix_cache", **arguments)
 
 
 @dataclass
@@ -50,10 +72,14 @@ class Paths:
         length = len(path[1])
         return sum(key == path[0] and t[:length] == path[1] for key, t in self.receipts)
 
+    def found(self, path: Path) -> list[Path]:
+        """What a match of the path covers (RADIX-1)."""
+        return self.resident(path)
+
     def match(self, path: Path) -> list[int]:
         """The pages found (RADIX-1, RADIX-2, RADIX-3)."""
         self.tick += 1
-        found = self.resident(path)
+        found = self.found(path)
         for prefix in found:
             self.entries[prefix].last = self.tick
             self.entries[prefix].hits += 1
@@ -134,12 +160,12 @@ class Paths:
 class Tree(RuleBasedStateMachine):
     """A cache without pools, beside the dict of paths."""
 
-    suite: CacheConformance
+    suite: TreeConformance
     keys = st.lists(st.sampled_from([1, 2]), max_size=9).map(tuple)
     spaces = st.sampled_from([None, None, "a"])
 
     @classmethod
-    def of(cls, suite: CacheConformance) -> "type[Tree]":
+    def of(cls, suite: TreeConformance) -> "type[Tree]":
         """The machine for an implementation."""
         return type(cls.__name__, (cls,), {"suite": suite})
 
@@ -149,20 +175,11 @@ class Tree(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 2]),
     )
     def start(self, policy: str, granularity: str, page_size: int) -> None:
-        self.paths = Paths(page_size, policy, granularity)
-        self.cache: Any = self.suite.subject(
-            "RadixCache",
-            RadixCache,
-            "radix_cache",
-            "prefix_cache",
-            req_to_token_pool=None,
-            token_to_kv_pool_allocator=None,
-            page_size=page_size,
-            disable=False,
-            enable_kv_cache_events=False,
-            eviction_policy=policy,
-            eviction_granularity=granularity,
+        self.cache = self.suite.alone(
+            page_size, eviction_policy=policy, eviction_granularity=granularity
         )
+        kept = self.cache.eviction_policy, self.cache.eviction_granularity
+        self.paths = Paths(page_size, *kept)
         self.next_page = 1
         self.nodes: list[tuple[Any, Path]] = []
         self.receipts: list[Any] = []

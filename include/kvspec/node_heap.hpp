@@ -1,5 +1,5 @@
-// The evictable leaves, smallest key first: a 4-ary heap that knows where each node is.  Spec:
-// RADIX-13, RADIX-15.
+// Nodes of a tree, smallest key first: a 4-ary heap that knows where each node is.  Spec:
+// RADIX-13, RADIX-15, SWARADIX-14.
 #pragma once
 
 #include <algorithm>
@@ -11,21 +11,21 @@
 
 namespace kvspec {
 
-// What a policy orders by; keys of two leaves are never equal (RADIX-13).
-struct LeafKey {
+// What an eviction orders by; no two nodes of one heap have equal keys (RADIX-13, SWARADIX-14).
+struct NodeKey {
   std::uint64_t major = 0;
   std::uint64_t minor = 0;
 
-  friend bool operator==(const LeafKey&, const LeafKey&) = default;
-  friend bool operator<(const LeafKey& one, const LeafKey& other) noexcept {
+  friend bool operator==(const NodeKey&, const NodeKey&) = default;
+  friend bool operator<(const NodeKey& one, const NodeKey& other) noexcept {
     return one.major < other.major || (one.major == other.major && one.minor < other.minor);
   }
 };
 
-class LeafHeap {
+class NodeHeap {
  public:
   struct Entry {
-    LeafKey key;
+    NodeKey key;
     std::uint32_t node;
   };
 
@@ -44,7 +44,7 @@ class LeafHeap {
   bool contains(std::uint32_t node) const noexcept { return places_[node] != kNone; }
 
   // Adds a node or gives it another key.  REQUIRES: reserve().  O(log n).
-  void set(std::uint32_t node, const LeafKey& key) noexcept {
+  void set(std::uint32_t node, const NodeKey& key) noexcept {
     if (!contains(node)) {
       entries_.push_back({key, node});
       rise(entries_.size() - 1, {key, node});
