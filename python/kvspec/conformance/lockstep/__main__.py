@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvspec.conformance.lockstep.campaign import Campaign, Sides, campaign, shortfalls, table
+from kvspec.conformance.lockstep.config import MEMORIES
 from kvspec.conformance.lockstep.history import Failure, History, reproducer, shrink
 
-GATED_FROM = 200_000
+GATED_FROM = {"full": 200_000, "swa": 500_000, "swachunk": 500_000}
 """Shorter runs are for looking: what they did not see is no failure."""
 
 
@@ -43,6 +44,7 @@ def main(
     minimum: Annotated[int, typer.Option(help="of each thing seen")] = 1000,
     oracle: Annotated[str, typer.Option(help="module of the oracle")] = Sides().oracle,
     core: Annotated[str, typer.Option(help="module of the implementation")] = Sides().core,
+    memory: Annotated[str, typer.Option(help=", ".join(MEMORIES))] = MEMORIES[0],
 ) -> None:
     """Oracle against core: exits with 1 at a divergence, printing a test that shows it."""
     console, sides = Console(), Sides(oracle, core)
@@ -59,12 +61,13 @@ def main(
         def progress(history: History) -> None:
             bar.update(task, advance=1)
 
-        found = campaign(range(first, last), operations, sides, workers, resume, progress)
+        seeds_ = range(first, last)
+        found = campaign(seeds_, operations, sides, workers, resume, progress, memory)
     _print(console, found)
     if found.failure:
         _report(console, found.failure, sides)
         raise typer.Exit(1)
-    short = shortfalls(found, minimum) if found.operation_count >= GATED_FROM else []
+    short = shortfalls(found, minimum) if found.operation_count >= GATED_FROM[memory] else []
     for line in short:
         console.print(line, style="bold red")
     if short:

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -47,13 +47,14 @@ class Campaign(NamedTuple):
     messages: dict[str, tuple[str, str]]
     """Clauses whose errors have one id and two texts."""
     failure: Failure | None
+    memory: str
 
 
-def explore_by_name(seed: int, operation_count: int, sides: Sides) -> History:
+def explore_by_name(seed: int, operation_count: int, sides: Sides, memory: str) -> History:
     """`explore` for another process: the implementations are named, not passed."""
     torch.set_num_threads(1)
     oracle, core = map(import_module, sides)
-    return explore(seed, operation_count, oracle, core)
+    return explore(seed, operation_count, oracle, core, configuration(seed, memory))
 
 
 def campaign(
@@ -63,17 +64,20 @@ def campaign(
     workers: int = 1,
     resume: Path | None = None,
     progress: Callable[[History], object] = lambda history: None,
+    memory: str = "full",
 ) -> Campaign:
     """Run `operation_count` operations, spread over the seeds, up to the first divergence."""
     each = -(-operation_count // max(len(seeds), 1))
-    finished = _finished(resume, each, sides) if resume else {}
+    kind = {"operations": each, "sides": list(sides), "memory": memory}
+    finished = _finished(resume, kind) if resume else {}
     counts, messages = Counter[str](), dict[str, tuple[str, str]]()
     done, failure, begin = 0, None, time.perf_counter()
     for seed in finished.keys() & set(seeds):
         counts.update(finished[seed])
         done += each
     earlier = done
-    for history in _histories([s for s in seeds if s not in finished], each, sides, workers):
+    left = [seed for seed in seeds if seed not in finished]
+    for history in _histories(left, (each, sides, memory), workers):
         counts.update(history.counts)
         messages.update(history.messages)
         done += history.operation_count
@@ -82,18 +86,18 @@ def campaign(
             failure = history.failure
             break
         if resume:
-            _remember(resume, each, sides, history)
+            _remember(resume, kind, history)
     seconds = time.perf_counter() - begin
-    return Campaign(tuple(seeds), done, counts, seconds, earlier, messages, failure)
+    return Campaign(tuple(seeds), done, counts, seconds, earlier, messages, failure, memory)
 
 
-def _histories(seeds: list[int], each: int, sides: Sides, workers: int) -> Iterator[History]:
+def _histories(seeds: list[int], how: tuple[int, Sides, str], workers: int) -> Iterator[History]:
     if workers == 1:
-        yield from (explore_by_name(seed, each, sides) for seed in seeds)
+        yield from (explore_by_name(seed, *how) for seed in seeds)
         return
     # Not fork: torch has threads by now.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(explore_by_name, seed, each, sides): seed for seed in seeds}
+        futures = {pool.submit(explore_by_name, seed, *how): seed for seed in seeds}
         try:
             for future in as_completed(list(futures)):
                 yield future.result()
@@ -105,19 +109,20 @@ def _histories(seeds: list[int], each: int, sides: Sides, workers: int) -> Itera
             pool.shutdown(cancel_futures=True)
 
 
-def _finished(path: Path, each: int, sides: Sides) -> dict[int, dict[str, int]]:
+def _finished(path: Path, kind: dict[str, Any]) -> dict[int, dict[str, int]]:
     """Counts by seed, from the file of an earlier run of the same kind."""
     finished = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         entry = json.loads(line)
-        if entry["operations"] != each or entry["sides"] != list(sides):
-            raise ValueError(f"{path} is of another run: {entry['sides']}, {entry['operations']}")
+        found = {name: entry[name] for name in kind}
+        if found != kind:
+            raise ValueError(f"{path} is of another run: {found}")
         finished[entry["seed"]] = entry["counts"]
     return finished
 
 
-def _remember(path: Path, each: int, sides: Sides, history: History) -> None:
-    entry = {"seed": history.seed, "operations": each, "sides": sides, "counts": history.counts}
+def _remember(path: Path, kind: dict[str, Any], history: History) -> None:
+    entry = {"seed": history.seed, **kind, "counts": history.counts}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -126,7 +131,7 @@ def shortfalls(found: Campaign, minimum: int) -> list[str]:
     """What the run did not see often enough to mean anything."""
     short = [
         f"{name}: {found.counts[name]:,}, fewer than {minimum:,}"
-        for name in COUNTED
+        for name in COUNTED[found.memory]
         if found.counts[name] < minimum
     ]
     if found.counts["illegal"] < ILLEGAL_SHARE * found.operation_count:
@@ -138,14 +143,21 @@ def table(found: Campaign) -> Table:
     """The run in a table: how much, how fast, and what happened how often."""
     seeds = f"seeds {found.seeds[0]} to {found.seeds[-1]}" if found.seeds else "no seeds"
     rate = (found.operation_count - found.earlier_count) / max(found.seconds, 1e-9)
-    title = f"lockstep: {found.operation_count:,} operations, {seeds}, {found.seconds:.0f} s, "
-    shown = Table(title=f"{title}{rate:,.0f} operations a second", title_justify="left")
+    what = f"lockstep of {found.memory}: {found.operation_count:,} operations, {seeds}"
+    title = f"{what}, {found.seconds:.0f} s, {rate:,.0f} operations a second"
+    shown = Table(title=title, title_justify="left")
     shown.add_column("seen")
     shown.add_column("count", justify="right")
     shown.add_column("what it is")
-    for name, meaning in {**COUNTED, "illegal": "calls that both refused alike"}.items():
+    illegal = {"illegal": "calls that both refused alike"}
+    for name, meaning in {**COUNTED[found.memory], **illegal}.items():
         shown.add_row(name, f"{found.counts[name]:,}", meaning)
-    kinds = Counter(str(configuration(seed)[:2]) for seed in found.seeds)
+    configs = [configuration(seed, found.memory) for seed in found.seeds]
+    kinds = Counter(
+        f"page size {one.page_size}, "
+        + (f"window of {one.pages_of_window} pages" if one.windowed else one.granularity)
+        for one in configs
+    )
     for kind, count in sorted(kinds.items()):
-        shown.add_row("seeds", str(count), f"(page size, granularity) = {kind}")
+        shown.add_row("seeds", str(count), kind)
     return shown

@@ -12,6 +12,7 @@ from kvspec.interfaces.prefix_key import ExtraKey
 from kvspec.prefix_key import RadixKey
 
 __all__ = [
+    "MEMORIES",
     "NAMESPACES",
     "Config",
     "Operation",
@@ -27,11 +28,14 @@ Operation: TypeAlias = tuple[str | int, ...]
 POLICIES = ("lru", "lfu", "fifo", "mru", "filo", "slru", "priority")
 NAMESPACES: tuple[ExtraKey, ...] = (None, "a", b"a", ("a", 1))
 PAGE_SIZES = (1, 16, 64)
+WINDOW_PAGE_SIZES = (1, 4, 16)
+MEMORIES = ("full", "swa", "swachunk")
+"""A radix cache; one over an allocator with a window pool; a chunk cache over such a one."""
 _SYMBOLS = (7, -(2**31), 2**31 - 1)
 
 
 class Config(NamedTuple):
-    """What a run is made with. The pool has request_pages + spare_pages pages."""
+    """What a run is made with."""
 
     page_size: int = 1
     granularity: str = "page"
@@ -49,11 +53,63 @@ class Config(NamedTuple):
     """Seed of the first order of the free list."""
     observed: bool = False
     """Whether all rooms report their operations, and the reports are compared too."""
+    memory: str = "full"
+    """One of MEMORIES."""
+    window: int = 0
+    """Tokens of the sliding window; 0 where there is none."""
+    window_pages: int = 0
+    """Pages of the window pool."""
+
+    @property
+    def page_count(self) -> int:
+        """Pages of the (full) pool."""
+        return self.request_pages + self.spare_pages
+
+    @property
+    def windowed(self) -> bool:
+        """Whether there is a window pool."""
+        return self.memory != "full"
+
+    @property
+    def pages_of_window(self) -> int:
+        """k: the pages that a window lock covers."""
+        return -(-self.window // self.page_size)
 
 
-def configuration(seed: int) -> Config:
-    """The configuration of a seed: 18 in a row have every size, granularity and headroom."""
+def configuration(seed: int, memory: str = "full") -> Config:
+    """The configuration of a seed: 18 in a row have every size, granularity and headroom.
+
+    With a window pool, 36 in a row have every page size, kind of window and room for windows.
+    """
     rng = random.Random(seed)
+    config = _configuration(seed, rng)
+    return config if memory == "full" else _windowed(seed, config._replace(memory=memory), rng)
+
+
+def _windowed(seed: int, config: Config, rng: random.Random) -> Config:
+    """A window below, of, and above a page, and its pool from just enough to more than enough."""
+    page_size = WINDOW_PAGE_SIZES[seed % 3]
+    windows = (
+        max(page_size // 2, 1),
+        page_size,
+        page_size + 1 + rng.randrange(page_size),
+        2 * page_size + 1 + rng.randrange(page_size),
+    )
+    pages = config.request_pages + 3
+    config = config._replace(
+        page_size=page_size,
+        granularity="page",
+        policy="lru",
+        request_pages=pages,
+        spare_pages=rng.choice((0, pages // 2, pages)),
+        window=windows[seed // 3 % 4],
+    )
+    least, most = 2 * config.pages_of_window + 2, config.page_count
+    sizes = (least, (least + most) // 2, most + rng.choice((0, 0, 3)))
+    return config._replace(window_pages=sizes[(seed + seed // 3 + seed // 12) % 3])
+
+
+def _configuration(seed: int, rng: random.Random) -> Config:
     return Config(
         page_size=PAGE_SIZES[seed % 3],
         granularity=("page", "node")[seed // 3 % 2],

@@ -6,7 +6,8 @@ of a history is a history.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kvspec.conformance.lockstep.config import (
@@ -51,6 +52,16 @@ class Running:
             for side, request in enumerate(self.sides):
                 setattr(request, name, value[side] if type(value) is Twin else value)
 
+    @contextmanager
+    def posing(self, **wrong: Any) -> Iterator[None]:
+        """Both requests with other attributes, for the time of an illegal call."""
+        kept = {name: Twin(*(getattr(one, name) for one in self.sides)) for name in wrong}
+        self.put(**wrong)
+        try:
+            yield
+        finally:
+            self.put(**kept)
+
 
 class OpenReceipt:
     """A receipt that has not been consumed, the path it locks, and the request it serves."""
@@ -64,7 +75,7 @@ class Driver:
 
     def __init__(self, config: Config, oracle: Any, core: Any) -> None:
         self.config, self.pair = config, Pair(config, oracle, core)
-        self.coverage = Coverage(config.page_size)
+        self.coverage = Coverage(config.page_size, config.memory)
         self.running: list[Running] = []
         self.handles: list[Twin] = []
         """The newest handles that were given, live or stale."""
@@ -76,8 +87,12 @@ class Driver:
         self.reserved: list[int] = []
         """Pages held in no row."""
         self.group = False
+        self.shares = config.memory != "swachunk"
+        """Whether the cache is a tree."""
+        self.by_count = config.page_size == 1 and not config.windowed
+        """Whether the allocator has no alloc_extend, and alloc says as much."""
         self._handle_count = self._compared = 0
-        self._shuffle(config.shuffle)
+        self.shuffle(config.shuffle)
         self.pair.compare_states()
 
     def apply(self, operation: Operation) -> None:
@@ -144,9 +159,13 @@ class Driver:
         """Allocate; when refused, evict what is missing and try once more. Slots or None."""
         value = self.allocator(name, *arguments).value
         if value is None and make_room:
-            self.evict(max(token_count - self.pair.states.oracle[2], self.config.page_size))
+            self.make_room(token_count)
             value = self.allocator(name, *arguments).value
         return value
+
+    def make_room(self, token_count: int) -> None:
+        """Evict what is missing, and no less than a page."""
+        self.evict(max(token_count - self.pair.states.oracle[2], self.config.page_size))
 
     def match(self, tokens: list[int], extra_key: Any, touch: int = 1) -> Answer:
         """Match a key, and keep the handle."""
@@ -176,7 +195,11 @@ class Driver:
     def lock(self, handle: Twin, running: Running | None) -> OpenReceipt:
         """Lock a live handle, for a request or for nobody."""
         answer = self.cache("inc_lock_ref", handle)
-        receipt = OpenReceipt(answer.given, answer.value[1], running)
+        return self.opened(answer.given, answer.value[1], running)
+
+    def opened(self, given: Twin, path: Any, running: Running | None) -> OpenReceipt:
+        """Note a receipt that was given."""
+        receipt = OpenReceipt(given, path, running)
         self.receipts.append(receipt)
         return receipt
 
@@ -202,15 +225,19 @@ class Driver:
     # -- operations of requests
 
     def do_admit(self, document: int, length: int, namespace: int, keep_last: int) -> None:
-        """A request arrives: match, lock, take a row, write the prefix."""
-        extra_key, tokens = NAMESPACES[namespace % len(NAMESPACES)], self.tokens(document, length)
+        """A request arrives."""
+        extra_key, prompt = NAMESPACES[namespace % len(NAMESPACES)], self.tokens(document, length)
+        self.admit(self.whole_document(document), len(prompt), extra_key, keep_last)
+
+    def admit(self, document: list[int], prompt: int, extra_key: Any, keep_last: int) -> bool:
+        """Match, lock, take a row, write the prefix; False if there is no row."""
         row = self.pair.call(self.pair.rows, "alloc", 1).value
-        if not tokens or row is None:
+        if not prompt or row is None:
             if row is not None:
                 self.pair.call(self.pair.rows, "free", row)
-            return
-        running = Running(self.whole_document(document), len(tokens), row[0], extra_key)
-        matched = self.match(tokens[:-1] if keep_last else tokens, extra_key)
+            return False
+        running = Running(document, prompt, row[0], extra_key)
+        matched = self.match(document[: prompt - 1 if keep_last else prompt], extra_key)
         prefix: list[int] = matched.value[0]
         handle = Twin(*(result.last_device_node for result in matched.given))
         if handle.oracle is not None and (prefix or keep_last):
@@ -221,6 +248,7 @@ class Driver:
         )
         self._write(running, prefix)
         self.running.append(running)
+        return True
 
     def _write(self, running: Running, slots: list[int]) -> None:
         positions = slice(running.allocated, running.allocated + len(slots))
@@ -240,7 +268,7 @@ class Driver:
         new = sum(ends) - sum(one.allocated for one in batch)
         if not batch:
             return
-        if self.config.page_size == 1:
+        if self.by_count:
             slots = self.take(new, make_room, "alloc", new)
         else:
             starts = [one.allocated for one in batch]
@@ -261,7 +289,7 @@ class Driver:
         batch = self.batch(first, 1 + count % 3, lambda one: one.prompt <= one.allocated < room)
         if not batch:
             return
-        if self.config.page_size == 1:
+        if self.by_count:
             slots = self.take(len(batch), make_room, "alloc", len(batch))
         else:
             lengths = [one.allocated + 1 for one in batch]
@@ -290,13 +318,13 @@ class Driver:
             old = None
         path = self._compare_request(running)
         if old is None and given.oracle is not None:
-            self.receipts.append(OpenReceipt(given, path, running))
+            self.opened(given, path, running)
         self.keep(Twin(*(request.last_node for request in running.sides)), path)
-        self._count_cached(running, end, protected, before)
+        self.count_cached(running, end, protected, before)
         self.coverage.counts["mid-page chunks"] += bool(end % self.config.page_size)
         self.row(running)
 
-    def _count_cached(self, running: Running, end: int, protected: int, before: int) -> None:
+    def count_cached(self, running: Running, end: int, protected: int, before: int) -> None:
         """From the growth of the tree: which pages of [protected, end) it took."""
         whole = end - end % self.config.page_size
         first = whole - (self.pair.cache.oracle.total_size() - before)
@@ -331,7 +359,7 @@ class Driver:
             self.running.remove(one)
             if receipt is not None:
                 self.spend(receipt)
-            self._count_cached(one, committed, protected, before)
+            self.count_cached(one, committed, protected, before)
             self.pair.compare("free rows", lambda side: self.pair.rows[side].free_slots)
             self._group(grouped)
 
@@ -361,9 +389,12 @@ class Driver:
         self.match(tokens, NAMESPACES[namespace % len(NAMESPACES)], touch)
 
     def do_insert(
-        self, document: int, length: int, namespace: int, fresh: int, priority: int
+        self, document: int, length: int, namespace: int, fresh: int, priority: int, left: int = 0
     ) -> None:
-        """Insert pages of one's own, with the tree's own prefix or with duplicates of it."""
+        """Insert pages of one's own, with the tree's own prefix or with duplicates of it.
+
+        A set bit of `left` says that a page of one's own has left the window.
+        """
         extra_key, tokens = NAMESPACES[namespace % len(NAMESPACES)], self.tokens(document, length)
         receipt, prefix = None, []
         if not fresh:
@@ -373,7 +404,7 @@ class Driver:
                 receipt, prefix = self.lock(handle, None), matched.value[0]
         page_size = self.config.page_size
         new = -(-(len(tokens) - len(prefix)) // page_size) * page_size
-        slots = self.take(new, 1, "alloc", new)
+        slots = self.compute(new, left)
         if slots is not None:
             value = [*prefix, *slots][: len(tokens)]
             key, named = as_key(self.config.form, tokens, extra_key)
@@ -382,14 +413,17 @@ class Driver:
         if receipt is not None:
             self.unlock(receipt)
 
+    def compute(self, token_count: int, left: int) -> Any:
+        """Slots of one's own for whole pages, or None."""
+        return self.take(token_count, 1, "alloc", token_count)
+
     def _count_inserted(
         self, answer: Answer, tokens: list[int], value: list[int], extra_key: Any
     ) -> None:
         """Count what an insert did, and give back what the tree did not take."""
-        resident, path, _, adopted, duplicate, tail = answer.value
+        resident, path, _, adopted, duplicate, tail, _ = answer.value
         self.keep(Twin(*(result.last_device_node for result in answer.given)), path)
-        whole = len(tokens) - len(tokens) % self.config.page_size
-        key = tuple(tokens[:whole])
+        key = tuple(tokens[: tail[0][0] if tail else len(tokens)])
         self.coverage.ended(self.pair.cache.oracle, extra_key, key[:resident], bool(adopted))
         self.coverage.adopted(extra_key, key, resident)
         self.coverage.counts["duplicates"] += bool(duplicate)
@@ -399,8 +433,13 @@ class Driver:
         """Lock a handle that is live."""
         if self.handles:
             handle = self.handles[number % len(self.handles)]
-            if self.cache("resolve", handle).value is not None:
+            path = self.cache("resolve", handle).value
+            if path is not None and self.lockable(path):
                 self.lock(handle, None)
+
+    def lockable(self, path: Any) -> bool:
+        """Whether a live handle of this path can be locked."""
+        return True
 
     def do_unlock(self, number: int) -> None:
         """Consume a receipt that serves no request."""
@@ -440,11 +479,11 @@ class Driver:
             self.pair.call(self.pair.rows, "clear")
             self.allocator("clear")
             self.reserved, self.group = [], False
-            self._shuffle(seed)
+            self.shuffle(seed)
 
     # -- operations on the allocator
 
-    def _shuffle(self, seed: int) -> None:
+    def shuffle(self, seed: int) -> None:
         """Put the free list of an empty pool into a random order."""
         page_size, page_count = self.config.page_size, len(self.free_pages())
         slots = self.allocator("alloc", page_count * page_size).value
@@ -481,7 +520,7 @@ class Driver:
         ticket = self.allocator("backup_state").given
         free = self.free_pages()
         for part in range(parts):
-            if part % 2 and self.config.page_size > 1 and length:
+            if part % 2 and not self.by_count and length:
                 lists = map(self.slots, ([0], [length], [-1]))
                 self.allocator("alloc_extend", *lists, length)
             else:

@@ -5,8 +5,7 @@ that it needs do not exist it returns False. What it had to change to get there 
 legal calls.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -14,20 +13,28 @@ import torch
 from kvspec.conformance.lockstep.driver import Driver, Running
 from kvspec.conformance.lockstep.pair import Request, Twin
 
-__all__ = ["FAULTS", "commit_fault"]
+__all__ = ["FAULTS", "Fault", "commit_fault", "fault_of"]
 
 Fault: TypeAlias = Callable[[Driver, int, int], bool]
 FAULTS: dict[str, Fault] = {}
 
 
-def _fault(function: Fault) -> Fault:
-    FAULTS[function.__name__.strip("_")] = function
-    return function
+def fault_of(registry: dict[str, Fault]) -> Callable[[Fault], Fault]:
+    """Enter a function into a registry, under its name."""
+
+    def enter(function: Fault) -> Fault:
+        registry[function.__name__.strip("_")] = function
+        return function
+
+    return enter
 
 
-def commit_fault(driver: Driver, name: str, first: int, second: int) -> bool:
+_fault = fault_of(FAULTS)
+
+
+def commit_fault(driver: Driver, fault: Fault, first: int, second: int) -> bool:
     """Make an illegal call, and count it; False if there was nothing to make it with."""
-    made = FAULTS[name](driver, first, second)
+    made = fault(driver, first, second)
     driver.coverage.counts["illegal"] += made
     return made
 
@@ -56,7 +63,7 @@ def _extend_arguments(driver: Driver, first: int, second: int) -> tuple[Any, ...
         ([1], [2], [-1], 1),
         ([1], [2], [free[0] * page_size], 1) if free else None,
         ([1], [2], [0], 1),
-        ([1], [2], [(driver.config.request_pages + 9) * page_size], 1),
+        ([1], [2], [(driver.config.page_count + 9) * page_size], 1),
     ]
     if started:
         one = started[second % len(started)]
@@ -68,9 +75,7 @@ def _extend_arguments(driver: Driver, first: int, second: int) -> tuple[Any, ...
 
 @_fault
 def _alloc_extend(driver: Driver, first: int, second: int) -> bool:
-    arguments = None
-    if driver.config.page_size > 1:
-        arguments = _extend_arguments(driver, first, second)
+    arguments = None if driver.by_count else _extend_arguments(driver, first, second)
     if arguments is None:
         return False
     *lists, count = arguments
@@ -81,7 +86,7 @@ def _alloc_extend(driver: Driver, first: int, second: int) -> bool:
 
 @_fault
 def _alloc_decode(driver: Driver, first: int, second: int) -> bool:
-    if driver.config.page_size == 1:
+    if driver.by_count:
         return False
     wrong = [([1, 1], [-1]), ([0], [-1]), ([2], [-1]), ([2], [0]), ([1], [second % 9])]
     lists = map(driver.slots, wrong[first % len(wrong)])
@@ -92,7 +97,7 @@ def _alloc_decode(driver: Driver, first: int, second: int) -> bool:
 @_fault
 def _free(driver: Driver, first: int, second: int) -> bool:
     page_size, view = driver.config.page_size, driver.pair.allocator.oracle.view()
-    pages = [0, -1, driver.config.request_pages + driver.config.spare_pages + 1]
+    pages = [0, -1, driver.config.page_count + 1]
     pages += [*view.free, *view.release, *view.pending]
     named = [pages[first % len(pages)] * page_size + second % page_size]
     held = sorted(view.held)
@@ -219,6 +224,8 @@ def _insert(driver: Driver, first: int, second: int) -> bool:
     if size > 1:
         wrong.append((key, [slot + 1 for slot in pages]))
         wrong.append((key, [pages[1], pages[0], *pages[2:]]))
+    if not driver.shares:
+        wrong = [(key, pages[:-1]), (key, [*pages, 1])]
     key, value = wrong[second % len(wrong)]
     driver.pair.refused(driver.pair.cache, "insert", key, driver.slots(value))
     return True
@@ -253,6 +260,8 @@ def _key(driver: Driver, first: int, second: int) -> bool:
 
 @_fault
 def _evict(driver: Driver, first: int, second: int) -> bool:
+    if not driver.shares:
+        return False
     driver.pair.refused(driver.pair.cache, "evict", -1 - first % 70)
     return True
 
@@ -293,6 +302,8 @@ def _consumed_receipt(driver: Driver, first: int, second: int) -> bool:
 @_fault
 def _other_cache(driver: Driver, first: int, second: int) -> bool:
     """A handle or a receipt of another cache."""
+    if not driver.shares:
+        return False
     pair, size = driver.pair, driver.config.page_size
     key, value = [1] * size, list(range(size, 2 * size))
     given = pair.call(pair.other_cache, "insert", key, value).given
@@ -317,19 +328,6 @@ def _reset(driver: Driver, first: int, second: int) -> bool:
 # -- requests
 
 
-@contextmanager
-def _attributes(running: Running, **wrong: Any) -> Iterator[None]:
-    """Both requests with other attributes, for the time of an illegal call."""
-    kept = Twin(*({name: getattr(one, name) for name in wrong} for one in running.sides))
-    running.put(**wrong)
-    try:
-        yield
-    finally:
-        for request, attributes in zip(running.sides, kept, strict=True):
-            for name, value in attributes.items():
-                setattr(request, name, value)
-
-
 def _fields(request: Request) -> tuple[Any, ...]:
     names = ("req_pool_idx", "last_node", "cache_protected_len", "lock_receipt")
     return (*(getattr(request, name) for name in names), request.prefix_indices.tolist())
@@ -346,7 +344,9 @@ def _wrong_attributes(driver: Driver, running: Running, first: int) -> dict[str,
         {"req_pool_idx": None},
         {"req_pool_idx": driver.config.rows},
     ]
-    if size > 1:
+    if not driver.shares:
+        wrong = [wrong[0], *wrong[-2:]]
+    elif size > 1:
         wrong.append({"cache_protected_len": protected + 1})
     if protected:
         wrong.append({"lock_receipt": None})
@@ -367,7 +367,7 @@ def _request(driver: Driver, first: int, second: int) -> bool:
     before = [_fields(request) for request in one.sides]
     name = ("cache_unfinished_req", "cache_finished_req")[first % 2]
     wrong = {"fill_ids": one.document[: one.allocated]}
-    with _attributes(one, **{**wrong, **_wrong_attributes(driver, one, first // 2)}):
+    with one.posing(**{**wrong, **_wrong_attributes(driver, one, first // 2)}):
         driver.pair.refused(driver.pair.cache, name, one.sides)
     after = [_fields(request) for request in one.sides]
     driver.pair.compare("request after an illegal call", lambda side: after[side] == before[side])
@@ -383,6 +383,6 @@ def _early_finish(driver: Driver, first: int, second: int) -> bool:
         return False
     name = ("cache_unfinished_req", "cache_finished_req")[first % 2]
     one = early[second % len(early)]
-    with _attributes(one, fill_ids=one.document[: one.prompt]):
+    with one.posing(fill_ids=one.document[: one.prompt]):
         driver.pair.refused(driver.pair.cache, name, one.sides)
     return True

@@ -76,14 +76,23 @@ def _match(cache: Any, result: Any) -> Any:
     return _slots(cache, result.device_indices), *nodes, result.host_hit_length
 
 
+def _ranges(parts: Any) -> list[list[tuple[int, ...]]]:
+    return [[tuple(range_) for range_ in part] for part in parts]
+
+
 def _insert(cache: Any, result: Any) -> Any:
     path = _path(cache, result.last_device_node)
     ranges = result.shared, result.adopted, result.duplicate, result.tail
-    return result.prefix_len, path, *([tuple(range_) for range_ in part] for part in ranges)
+    windows = None if result.swa is None else _ranges(result.swa)
+    return result.prefix_len, path, *_ranges(ranges), windows
+
+
+def _evicted(_: Any, result: Any) -> Any:
+    return result if isinstance(result, int) else tuple(result)
 
 
 def _receipt(cache: Any, result: Any) -> Any:
-    return result.delta, _path(cache, result.node), result.swa_uuid
+    return result.delta, _path(cache, result.node), result.swa_uuid is None
 
 
 _COMPARABLE: dict[str, Callable[[Any, Any], Any]] = {
@@ -91,10 +100,12 @@ _COMPARABLE: dict[str, Callable[[Any, Any], Any]] = {
     "alloc_decode": _slots,
     "alloc_extend": _slots,
     "backup_state": lambda *_: "ticket",
+    "evict": _evicted,
     "inc_lock_ref": _receipt,
     "insert": _insert,
     "match_prefix": _match,
     "row": _slots,
+    "translate_loc_from_full_to_swa": _slots,
 }
 
 
@@ -103,9 +114,8 @@ class Pair:
 
     def __init__(self, config: Config, oracle: Any, core: Any) -> None:
         self.config, self.namespaces = config, Twin(oracle, core)
-        page_count = config.request_pages + config.spare_pages
-        self.allocator = self._allocators(page_count)
-        self.other_allocator = self._allocators(2)
+        self.allocator = self._allocators(config.page_count, config.window_pages)
+        self.other_allocator = self._allocators(2, 2)
         self.rows = Twin(
             *(
                 side.ReqToTokenPool(
@@ -118,7 +128,8 @@ class Pair:
             )
         )
         self.cache = self._caches(self.rows, self.allocator)
-        self.other_cache = self._caches(Twin(None, None), Twin(None, None))
+        nobodys = self.other_allocator if config.memory == "swachunk" else Twin(None, None)
+        self.other_cache = self._caches(Twin(None, None), nobodys)
         self.messages: dict[str, tuple[str, str]] = {}
         """Texts of errors that differ although the clause is the same, by clause."""
         self._reports: Twin = Twin([], [])
@@ -129,26 +140,45 @@ class Pair:
                     subject.attach(reports.append)
         self.states = Twin(*map(self._state, range(2)))
 
-    def _allocators(self, page_count: int) -> Twin:
-        size = page_count * self.config.page_size
-        common = {"dtype": torch.bfloat16, "device": "cpu", "kvcache": None}
-        common["need_sort"] = self.config.need_sort
-        if self.config.page_size == 1:
-            return Twin(*(n.TokenToKVPoolAllocator(size=size, **common) for n in self.namespaces))
-        common["page_size"] = self.config.page_size
-        return Twin(*(n.PagedTokenToKVPoolAllocator(size=size, **common) for n in self.namespaces))
+    def _allocators(self, page_count: int, window_count: int) -> Twin:
+        page_size = self.config.page_size
+        arguments: dict[str, Any] = {
+            "size": page_count * page_size,
+            "dtype": torch.bfloat16,
+            "device": "cpu",
+            "kvcache": None,
+            "need_sort": self.config.need_sort,
+        }
+        if self.config.windowed:
+            arguments |= {"size_swa": window_count * page_size, "page_size": page_size}
+            return self._made("SWATokenToKVPoolAllocator", arguments)
+        if page_size == 1:
+            return self._made("TokenToKVPoolAllocator", arguments)
+        return self._made("PagedTokenToKVPoolAllocator", arguments | {"page_size": page_size})
 
     def _caches(self, rows: Twin, allocator: Twin) -> Twin:
+        arguments: dict[str, Any] = {
+            "req_to_token_pool": rows,
+            "token_to_kv_pool_allocator": allocator,
+            "page_size": self.config.page_size,
+        }
+        if self.config.memory == "swachunk":
+            return self._made("SWAChunkCache", arguments)
+        arguments["disable"] = False
+        if self.config.memory == "swa":
+            arguments["sliding_window_size"] = self.config.window
+            return self._made("SWARadixCache", arguments)
+        arguments["enable_kv_cache_events"] = False
+        arguments["eviction_policy"] = self.config.policy
+        arguments["eviction_granularity"] = self.config.granularity
+        return self._made("RadixCache", arguments)
+
+    def _made(self, name: str, arguments: Mapping[str, Any]) -> Twin:
+        """An object of this class on either side; twins among the arguments are split."""
         return Twin(
             *(
-                side.RadixCache(
-                    req_to_token_pool=rows[i],
-                    token_to_kv_pool_allocator=allocator[i],
-                    page_size=self.config.page_size,
-                    disable=False,
-                    enable_kv_cache_events=False,
-                    eviction_policy=self.config.policy,
-                    eviction_granularity=self.config.granularity,
+                getattr(side, name)(
+                    **{k: v[i] if type(v) is Twin else v for k, v in arguments.items()}
                 )
                 for i, side in enumerate(self.namespaces)
             )
@@ -201,7 +231,7 @@ class Pair:
 
     def _state(self, side: int) -> tuple[int, ...]:
         allocator, cache = self.allocator[side], self.cache[side]
-        return (
+        state = (
             allocator.digest(),
             cache.digest(),
             allocator.available_size(),
@@ -209,6 +239,17 @@ class Pair:
             cache.evictable_size(),
             cache.protected_size(),
             cache.total_size(),
+        )
+        if not self.config.windowed:
+            return state
+        return (
+            *state,
+            allocator.full_available_size(),
+            allocator.swa_available_size(),
+            cache.full_evictable_size(),
+            cache.full_protected_size(),
+            cache.swa_evictable_size(),
+            cache.swa_protected_size(),
         )
 
     def _compare_reports(self) -> None:
@@ -236,6 +277,8 @@ class Pair:
         self.compare("view of the allocator", lambda side: tuple(self.allocator[side].view()))
         self.compare("view of the rows", self.rows_view)
         self.compare("view of the cache", self._cache_view)
+        if self.config.windowed:
+            self.compare("mapping", lambda n: self.allocator[n].full_to_swa_index_mapping.tolist())
         for room in (self.allocator, self.rows, self.cache):
             for side in range(2):
                 try:
