@@ -23,6 +23,9 @@ class Sglang(NamedTuple):
     TokenToKVPoolAllocator: Any
     PagedTokenToKVPoolAllocator: Any
     ReqToTokenPool: Any
+    SWATokenToKVPoolAllocator: Any
+    SWAKVPool: Any
+    SWARadixCache: Any
 
 
 class _Kernel:
@@ -61,9 +64,13 @@ def sglang() -> Sglang:
     radix = importlib.import_module("sglang.srt.mem_cache.radix_cache")
     allocator = importlib.import_module("sglang.srt.mem_cache.allocator")
     pool = importlib.import_module("sglang.srt.mem_cache.memory_pool")
+    windows = importlib.import_module("sglang.srt.mem_cache.swa_radix_cache")
     return Sglang(
         radix.RadixCache,
         allocator.TokenToKVPoolAllocator,
         allocator.PagedTokenToKVPoolAllocator,
         pool.ReqToTokenPool,
+        allocator.SWATokenToKVPoolAllocator,
+        pool.SWAKVPool,
+        windows.SWARadixCache,
     )

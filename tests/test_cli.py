@@ -89,6 +89,33 @@ def test_leave_last_token_reaches_the_replay(
     assert hits == [4, 3]
 
 
+def test_a_window_adds_a_table(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["replay", str(trace), "--impl", "oracle", "--capacity", "5"]
+    assert main(given) == 0
+    assert "window pool" not in capsys.readouterr().out
+    assert main([*given, "--sliding-window", "4", "--swa-ratio", "0.6"]) == 0
+    out, err = capsys.readouterr()
+    for told in ("sliding window of 4 tokens", "window pool", "tombstones", "no leak", "100.0%"):
+        assert told in out
+    assert err == ""
+
+
+def test_a_window_adds_a_key_to_each_run(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["replay", str(trace), "--impl", "oracle", "--json", "-", "--sliding-window", "4"]
+    assert main([*given, "--capacity", "5", "10"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    told = [(run["window"]["sliding_window"], run["window"]["swa_capacity"]) for run in runs]
+    assert told == [(4, 5), (4, 10)]
+
+
+@pytest.mark.parametrize("capacities", [["5"], ["5", "6", "8"]], ids=["one", "several"])
+def test_windows_are_drawn(trace: Path, tmp_path: Path, capacities: list[str]) -> None:
+    plot = tmp_path / "windows.png"
+    given = ["replay", str(trace), "--impl", "oracle", "--sliding-window", "4", "--swa-ratio", "1"]
+    assert main([*given, "--capacity", *capacities, "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 @native
 @pytest.mark.parametrize("impl", ["native", "oracle"])
 def test_verify_drives_both(
@@ -110,6 +137,10 @@ def test_verify_drives_both(
         (["replay", "--capacity", "many"], "--capacity"),
         (["replay", "--policy", "clock"], "'clock' is not one of lru, lfu"),
         (["replay", "--no-such-option"], "No such option: --no-such-option"),
+        (["replay", "--sliding-window", "0"], "--sliding-window"),
+        (["replay", "--sliding-window", "64", "--policy", "lfu"], "REPLAY-10: a sliding window"),
+        (["replay", "--sliding-window", "640000"], "REPLAY-10: a window pool of 10000 blocks"),
+        (["replay", "--swa-ratio", "0.5"], "REPLAY-10: swa_ratio is 0.5 without"),
         (["replay", "one", "two"], "(two)"),
         (["surprise"], "No such command 'surprise'"),
     ],
@@ -141,7 +172,7 @@ def test_a_malformed_line_is_told_before_anything_else(tmp_path: Path) -> None:
 def test_the_native_core_is_asked_for_in_vain(
     trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvspec.replay.run.has_native", lambda: False)
+    monkeypatch.setattr("kvspec.replay.system.has_native", lambda: False)
     assert main(["replay", str(trace), "--impl", "native"]) == 2
     told = "kvspec: the native core is absent: only the oracle can run\n"
     assert capsys.readouterr().err == told

@@ -75,3 +75,46 @@ def test_the_simulator_counts_what_golden_json_says(policy: str) -> None:
     requests = [(r.hash_ids.tolist(), r.input_length) for r in trace(FILES[0]).requests]
     counts = per_page_simulator.simulate(requests, block=512, capacity=500, policy=policy)
     assert list(counts) == expected
+
+
+@native
+@clause("REPLAY-9")
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "ratio"), [(512, 0.05), (2048, 0.2), (10_000, 0.5)])
+@pytest.mark.parametrize("file", [FILES[0], FILES[2]])
+def test_windows_of_a_real_trace_count_as_single_pages_do(
+    file: str, window: int, ratio: float
+) -> None:
+    golden()
+    part = trace(file)._replace(requests=trace(file).requests[:150])
+    requests = [(r.hash_ids.tolist(), r.input_length) for r in part.requests]
+    run = replay(part, impl=kvspec, capacity=3000, sliding_window=window, swa_ratio=ratio)
+    assert run.window is not None
+    expected = per_page_simulator.simulate_windows(
+        requests,
+        block=part.block,
+        capacity=3000,
+        swa_capacity=run.window.swa_capacity,
+        window=window,
+    )
+    used = [(s.used.full // part.block, s.used.swa // part.block) for s in run.window.samples]
+    evicted = run.evictions, run.window.swa_evictions, run.window.swa_left
+    assert (run.hit_blocks, run.hit_tokens, *evicted, used) == expected
+    assert run.window.swa_evictions
+    assert not run.leaks
+
+
+@native
+@clause("REPLAY-11")
+@pytest.mark.parametrize("file", [FILES[0], FILES[2]])
+def test_a_window_larger_than_any_request_counts_as_none_does(file: str) -> None:
+    golden()
+    part = trace(file)._replace(requests=trace(file).requests[:600])
+    longest = max(request.input_length for request in part.requests)
+    capacity = 2 * longest // part.block
+    plain = replay(part, impl=kvspec, capacity=capacity)
+    run = replay(part, impl=kvspec, capacity=capacity, sliding_window=longest)
+    counts = [(r.hit_blocks, r.hit_tokens, r.evictions, r.slots_allocated) for r in (plain, run)]
+    assert counts[0] == counts[1]
+    assert plain.hit_blocks
+    assert plain.evictions

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import kvspec
 from kvspec.clauses import rooms
@@ -34,6 +35,18 @@ def test_the_readme_shows_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make demo" in readme
     assert "make test" in readme
+
+
+@native
+def test_the_example_of_sliding_windows_does_what_it_says() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Sliding windows")[2].partition("\n## ")[0]
+    code = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+    names: dict[str, Any] = {"prompt": list(range(4096))}
+    exec("\n".join(code), names)
+    assert len(names["found"].device_indices) == 4096
+    assert names["windows"].all()
+    assert sum(page.tombstone for page in names["tree"].view().pages.values()) == 192
 
 
 def test_one_version() -> None:

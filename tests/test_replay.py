@@ -13,7 +13,7 @@ import kvspec
 import kvspec.oracle
 import per_page_simulator
 from kvspec.conformance import clause
-from kvspec.conformance.replay import ReplayConformance, busy_requests, trace_of
+from kvspec.conformance.replay import ReplayConformance, busy_requests, long_requests, trace_of
 from kvspec.errors import ContractError, MemoryLeakError
 from kvspec.interfaces.radix_cache import EvictionPolicy
 from kvspec.replay import as_json, block_tokens, generate, replay
@@ -64,6 +64,61 @@ def test_random_traces_count_as_single_pages_do(impl: Any, count: int, policy: s
     assert evictions > 10 * count
 
 
+def random_windows(count: int) -> Iterator[tuple[dict[str, Any], list[tuple[list[int], int]]]]:
+    """Options of a replay and requests of up to 15 blocks: windows of 1 to 40 tokens, a full pool
+    of up to 30 blocks, and in the window pool two blocks more than a window, or up to as many.
+    """
+    for seed in range(count):
+        window = (1, 3, 4, 5, 8, 12, 13, 16, 40)[seed % 9]
+        least = -(-window // 4) + 2
+        capacity = least + seed * 7 % (31 - least)
+        swa_capacity = min(least + (0, 0, 1, 2, 5, 20)[seed % 6], capacity)
+        options = {
+            "capacity": capacity,
+            "sliding_window": window,
+            "swa_ratio": swa_capacity / capacity,
+            "leave_last_token": seed % 4 == 0,
+        }
+        yield options, list(long_requests(count=20, seed=seed))
+
+
+@clause("REPLAY-9", "REPLAY-12")
+@pytest.mark.parametrize(
+    ("impl", "count"),
+    [
+        pytest.param(kvspec, 300, id="native", marks=native),
+        pytest.param(kvspec.oracle, 40, id="oracle"),
+    ],
+)
+def test_random_windows_count_as_single_pages_do(impl: Any, count: int) -> None:
+    left = 0
+    for options, requests in random_windows(count):
+        run = replay(trace_of(*requests), impl=impl, **options)
+        assert run.window is not None
+        assert not run.leaks
+        capacities = {"capacity": run.capacity, "swa_capacity": run.window.swa_capacity}
+        expected = per_page_simulator.simulate_windows(
+            requests,
+            block=4,
+            window=run.window.sliding_window,
+            leave_last_token=options["leave_last_token"],
+            **capacities,
+        )
+        used = [(sample.used.full // 4, sample.used.swa // 4) for sample in run.window.samples]
+        evicted = run.evictions, run.window.swa_evictions, run.window.swa_left
+        assert (run.hit_blocks, run.hit_tokens, *evicted, used) == expected, f"{options}"
+        assert sum(sample.hit_blocks for sample in run.window.samples) == run.hit_blocks
+        left += run.window.swa_left
+    assert left > count
+
+
+@native
+@clause("REPLAY-7")
+def test_oracle_and_core_replay_windows_in_lockstep() -> None:
+    for options, requests in random_windows(20):
+        replay(trace_of(*requests), impl=kvspec, verify=kvspec.oracle, **options)
+
+
 @native
 @clause("REPLAY-7")
 @pytest.mark.parametrize("granularity", ["page", "node"])
@@ -110,6 +165,27 @@ def test_what_is_held_after_the_reset_is_a_leak() -> None:
     run = replay(trace_of(([1, 2], 8), ([3], 4)), impl=Impl, capacity=4)
     assert run.leaked_pages == 1
     assert run.leaks == "CHECK-1: page 1 of token_to_kv_pool_allocator is held and has no owner"
+
+
+def test_a_leak_of_both_pools_is_counted_in_both() -> None:
+    class Keeping(kvspec.oracle.SWATokenToKVPoolAllocator):
+        def free(self, free_index: Any, swa_index: Any = ()) -> None:
+            super().free(free_index[self.page_size :], swa_index)
+
+    class Impl:
+        ReqToTokenPool = kvspec.oracle.ReqToTokenPool
+        SWATokenToKVPoolAllocator = Keeping
+        SWARadixCache = kvspec.oracle.SWARadixCache
+
+    trace = trace_of(([1, 2], 8), ([3], 4))
+    run = replay(trace, impl=Impl, capacity=4, sliding_window=4)
+    assert run.window is not None
+    assert (run.leaked_pages, run.window.swa_leaked_pages) == (1, 1)
+    assert run.leaks.splitlines() == [
+        "CHECK-1: page 1 of the full pool of token_to_kv_pool_allocator is held and has no owner",
+        "CHECK-9, CHECK-1: page 1 of the window pool of token_to_kv_pool_allocator is held and has"
+        " no owner",
+    ]
 
 
 def test_a_capacity_of_nothing_is_refused() -> None:
@@ -188,3 +264,22 @@ def test_the_json_has_exactly_the_documented_keys_and_types() -> None:
             {"policy": "lru", "capacity": 2, "evictions": 1, "leaked_pages": 0, **shared},
         ],
     }
+
+
+def test_a_run_with_a_window_has_one_key_more() -> None:
+    trace = trace_of(([1, 2, 3, 4], 15), ([], 0), ([7, 8], 5), ([1, 2], 8))
+    run = replay(trace, impl=kvspec.oracle, capacity=5, sliding_window=4, swa_ratio=0.6)
+    (told,) = json.loads(json.dumps(as_json(trace, [run])))["runs"]
+    assert told["window"] == {
+        "sliding_window": 4,
+        "swa_capacity": 3,
+        "swa_evictions": 3,
+        "swa_left": 2,
+        "tombstones": 1,
+        "swa_leaked_pages": 0,
+        "full_used_peak": 20,
+        "full_used_mean": 17.0,
+        "swa_used_peak": 12,
+        "swa_used_mean": 10.0,
+    }
+    assert sorted(told)[-1] == "window"

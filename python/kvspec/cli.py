@@ -122,6 +122,20 @@ _Json = Annotated[
 ]
 
 
+_Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", help="Draw hit rate against capacity, and use with a window."),
+]
+_Window = Annotated[
+    int | None,
+    typer.Option(metavar="TOKENS", min=1, help="Windows on some layers: two pools, and lru."),
+]
+_Ratio = Annotated[
+    float | None,
+    typer.Option(metavar="RATIO", help="Blocks of the window pool to one of the full.  [1.0]"),
+]
+
+
 @app.command(cls=_Spreading)
 def replay(
     trace: Annotated[
@@ -147,9 +161,9 @@ def replay(
     seed: Annotated[int, typer.Option(help="Of the generated workload.")] = 0,
     requests: Annotated[int, typer.Option(min=1, help="Of the generated workload.")] = 1000,
     json_file: _Json = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw hit rate against capacity.")
-    ] = None,
+    plot: _Plot = None,
+    sliding_window: _Window = None,
+    swa_ratio: _Ratio = None,
 ) -> int:
     """Serve a trace from a cache, and count what hits."""
     if plot is not None and find_spec("matplotlib") is None:
@@ -170,6 +184,8 @@ def replay(
                 leave_last_token=leave_last_token,
                 verify=other,
                 progress=advance,
+                sliding_window=sliding_window,
+                swa_ratio=swa_ratio,
             )
             for each, at in wanted
         ]
@@ -188,7 +204,8 @@ def _tell(traffic: room.Trace, runs: list[room.Run], json_file: str | None) -> i
             Path(json_file).write_text(text + "\n", encoding="utf-8")
     if json_file != "-":
         width = None if sys.stdout.isatty() else _PIPED_WIDTH
-        Console(width=width).print(room.as_table(traffic, runs))
+        tables = room.as_table(traffic, runs), room.as_window_table(traffic, runs)
+        Console(width=width).print(*filter(None, tables), sep="\n")
     for run in runs:
         if run.leaks:
             print(f"{run.policy} at {run.capacity} blocks:\n{run.leaks}", file=sys.stderr)

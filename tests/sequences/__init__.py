@@ -13,11 +13,12 @@ from sequences.checks import Checks
 from sequences.requests import Requests
 from sequences.sharing import Keys, Sharing
 from sequences.trees import Locks, Trees
+from sequences.windows import Windows
 
 __all__ = ["SEQUENCES", "Sequences"]
 
 
-class Sequences(Allocators, Requests, Sharing, Keys, Locks, Trees, Checks):
+class Sequences(Allocators, Requests, Sharing, Keys, Locks, Trees, Windows, Checks):
     """All of them."""
 
 

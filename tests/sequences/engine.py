@@ -11,7 +11,9 @@ __all__ = ["Engine", "Request", "numbers", "refused"]
 
 
 class Engine(System):
-    """Pools of `page_count` pages and `row_count` rows, and a cache over them."""
+    """Pools of `page_count` pages and `row_count` rows, and a cache over them; with
+    `swa_page_count` a window pool of so many too.
+    """
 
     def __init__(
         self,
@@ -22,11 +24,15 @@ class Engine(System):
         row_count: int = 4,
         width: int = 64,
         cache: str = "RadixCache",
+        swa_page_count: int | None = None,
         **options: Any,
     ) -> None:
         memory = {"dtype": torch.float16, "device": "cpu", "kvcache": None, "need_sort": False}
         size = page_count * page_size
-        if page_size == 1:
+        if swa_page_count is not None:
+            sizes = {"size": size, "size_swa": swa_page_count * page_size, "page_size": page_size}
+            allocator = impl.SWATokenToKVPoolAllocator(**sizes, **memory)
+        elif page_size == 1:
             allocator = impl.TokenToKVPoolAllocator(size=size, **memory)
         else:
             allocator = impl.PagedTokenToKVPoolAllocator(size=size, page_size=page_size, **memory)

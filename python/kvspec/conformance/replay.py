@@ -21,10 +21,11 @@ import kvspec.replay
 from kvspec.conformance import clause
 from kvspec.conformance.suite import Conformance
 from kvspec.conformance.watch import watch_function
+from kvspec.errors import ContractError
 from kvspec.interfaces.radix_cache import EvictionPolicy
 from kvspec.replay import LockstepError, Run, Trace, TraceError, TraceRequest
 
-__all__ = ["ReplayConformance", "busy_requests", "trace_of"]
+__all__ = ["ReplayConformance", "busy_requests", "long_requests", "trace_of"]
 
 GOOD = {"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [7, 8]}
 BROKEN = gzip.compress(json.dumps(GOOD).encode())[:-9]
@@ -41,6 +42,18 @@ COUNTS = {
 }
 
 
+# (window, blocks of the window pool) -> hit_blocks, hit_tokens, evictions, swa_evictions, swa_left,
+# tombstones of `long_requests()` at a capacity of 20 in a simulation of pages.
+WINDOW_COUNTS = {
+    (1, 3): (57, 223, 409, 136, 286, 12),
+    (4, 20): (214, 841, 248, 248, 0, 0),
+    (9, 5): (60, 235, 403, 239, 178, 10),
+    (9, 12): (126, 497, 332, 272, 78, 9),
+    (16, 6): (52, 205, 415, 275, 150, 8),
+    (24, 8): (57, 225, 398, 316, 102, 6),
+}
+
+
 def trace_of(*requests: tuple[Sequence[int], int], block: int = 4) -> Trace:
     """A trace of (hash_ids, input_length)."""
     made = [
@@ -52,6 +65,26 @@ def trace_of(*requests: tuple[Sequence[int], int], block: int = 4) -> Trace:
 
 def busy_requests(count: int = 150, seed: int = 1) -> Iterator[tuple[list[int], int]]:
     """(ids, input_length) in blocks of 4: texts come whole, cut anywhere, or cut and continued."""
+    draw = _drawing(seed)
+    for _ in range(count):
+        text = 10 * draw(5)
+        kept = 6 if draw(2) else 1 + draw(6)
+        ids = [*range(text, text + kept), *(100 + draw(3) for _ in range(draw(3)))]
+        yield ids, 4 * len(ids) - draw(4)
+
+
+def long_requests(count: int = 60, seed: int = 1) -> Iterator[tuple[list[int], int]]:
+    """The same with texts of 12 blocks, so that a request can be longer than a window pool."""
+    draw = _drawing(seed)
+    for _ in range(count):
+        text = 100 * draw(3)
+        kept = (3, 12, 1 + draw(12))[draw(3)]
+        ids = [*range(text, text + kept), *(1000 + draw(3) for _ in range(draw(4)))]
+        yield ids, 4 * len(ids) - draw(4)
+
+
+def _drawing(seed: int) -> Callable[[int], int]:
+    """Numbers below what is asked for, the same everywhere."""
     state = seed
 
     def draw(below: int) -> int:
@@ -59,11 +92,7 @@ def busy_requests(count: int = 150, seed: int = 1) -> Iterator[tuple[list[int], 
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
         return (state >> 33) % below
 
-    for _ in range(count):
-        text = 10 * draw(5)
-        kept = 6 if draw(2) else 1 + draw(6)
-        ids = [*range(text, text + kept), *(100 + draw(3) for _ in range(draw(3)))]
-        yield ids, 4 * len(ids) - draw(4)
+    return draw
 
 
 @contextmanager
@@ -248,3 +277,106 @@ class ReplayConformance(Conformance):
         trace = self.function("generate")(seed=3, requests=200, block=16)
         text = json.dumps([[*r[:3], r.hash_ids.tolist()] for r in trace.requests])
         assert hashlib.sha256(text.encode()).hexdigest()[:16] == "e4042aaffc9ab8fc"
+
+    @clause("REPLAY-9")
+    @pytest.mark.parametrize(("window", "blocks"), WINDOW_COUNTS)
+    def test_counts_of_two_pools_are_those_of_single_pages(self, window: int, blocks: int) -> None:
+        run = self.replay(
+            trace_of(*long_requests()), capacity=20, sliding_window=window, swa_ratio=blocks / 20
+        )
+        assert run.window is not None
+        assert run.window.swa_capacity == blocks
+        evicted = run.evictions, run.window.swa_evictions, run.window.swa_left
+        counts = run.hit_blocks, run.hit_tokens, *evicted, run.window.tombstones
+        assert counts == WINDOW_COUNTS[window, blocks]
+
+    @clause("REPLAY-9")
+    def test_a_request_longer_than_the_window_pool_leaves_windows_behind(self) -> None:
+        trace = trace_of(([1, 2, 3, 4, 5, 6], 24), ([1, 2, 3, 4, 5, 6], 24), ([1, 2, 3], 12))
+        run = self.replay(trace, capacity=8, sliding_window=8, swa_ratio=0.5)
+        assert run.window is not None
+        assert (run.hit_blocks, run.evictions) == (6, 1)
+        assert (run.window.swa_left, run.window.swa_evictions) == (2, 3)
+        assert [sample.used for sample in run.window.samples] == [(24, 16), (24, 16), (20, 16)]
+
+    @clause("REPLAY-10")
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"sliding_window": 0}, "sliding_window is 0"),
+            ({"sliding_window": 8, "swa_ratio": 0.0}, "swa_ratio is 0.0"),
+            ({"sliding_window": 8, "swa_ratio": -1.0}, "swa_ratio is -1.0"),
+            ({"sliding_window": 8, "swa_ratio": float("inf")}, "swa_ratio is inf"),
+            ({"sliding_window": 8, "swa_ratio": float("nan")}, "swa_ratio is nan"),
+            ({"sliding_window": 9, "swa_ratio": 0.5}, "of 4 blocks does not hold a window of 9"),
+            ({"sliding_window": 26}, "of 8 blocks does not hold a window of 26"),
+            ({"swa_ratio": 1.0}, "swa_ratio is 1.0 without a sliding_window"),
+            ({"sliding_window": 8, "policy": "lfu"}, "lru by page, not lfu by page"),
+            ({"sliding_window": 8, "granularity": "node"}, "lru by page, not lru by node"),
+        ],
+    )
+    def test_what_cannot_be_served_is_refused_at_once(
+        self, options: dict[str, Any], reason: str
+    ) -> None:
+        served: list[None] = []
+        with pytest.raises(ContractError, match=f"REPLAY-10: .*{re.escape(reason)}"):
+            self.replay(
+                trace_of(([1], 4)), capacity=8, progress=lambda: served.append(None), **options
+            )
+        assert not served
+
+    @clause("REPLAY-10")
+    @pytest.mark.parametrize(("ratio", "capacity", "blocks"), [(0.29, 100, 29), (1 / 3, 9, 3)])
+    def test_the_smallest_window_pool_serves(
+        self, ratio: float, capacity: int, blocks: int
+    ) -> None:
+        window, trace = 4 * (blocks - 2), trace_of(*long_requests(30))
+        run = self.replay(trace, capacity=capacity, sliding_window=window, swa_ratio=ratio)
+        assert run.window is not None
+        assert run.window.swa_capacity == blocks
+        with pytest.raises(ContractError, match="REPLAY-10: a window pool"):
+            self.replay(trace, capacity=capacity, sliding_window=window + 1, swa_ratio=ratio)
+
+    @clause("REPLAY-11")
+    @pytest.mark.parametrize("ratio", [None, 1.0])
+    @pytest.mark.parametrize("leave_last_token", [False, True])
+    def test_a_window_that_covers_everything_changes_no_count(
+        self, ratio: float | None, leave_last_token: bool
+    ) -> None:
+        trace = trace_of(*long_requests())
+        options: dict[str, Any] = {"capacity": 20, "leave_last_token": leave_last_token}
+        plain = self.replay(trace, **options)
+        run = self.replay(trace, sliding_window=60, swa_ratio=ratio, **options)
+        assert plain.window is None
+        assert run.window is not None
+        assert run.window.swa_evictions == run.evictions
+        # What is compared and what it takes may differ, what is counted may not.
+        same: dict[str, Any] = {"seconds": 0, "tokens_compared": 0, "window": None}
+        assert run._replace(**same) == plain._replace(**same)
+
+    @clause("REPLAY-12")
+    def test_what_is_used_is_sampled_after_every_request(self) -> None:
+        trace = trace_of(([1, 2, 3, 4], 15), ([], 0), ([7, 8], 5), ([1, 2], 8))
+        run = self.replay(trace, capacity=5, sliding_window=4, swa_ratio=0.6)
+        assert run.window is not None
+        seen = [(s.blocks, s.hit_blocks, *s.used) for s in run.window.samples]
+        assert seen == [(4, 0, 16, 8), (0, 0, 16, 8), (2, 0, 20, 12), (2, 0, 16, 12)]
+        assert run.window.tombstones == 1
+        assert run.window.peak == (20, 12)
+        assert run.window.mean == (17, 10)
+
+    @clause("REPLAY-7")
+    def test_windows_are_compared_too(self) -> None:
+        trace = trace_of(*long_requests(40))
+        options: dict[str, Any] = {"sliding_window": 9, "swa_ratio": 0.6, "capacity": 20}
+        verified = self.replay(trace, verify=kvspec.oracle, **options)
+        assert verified._replace(seconds=0) == self.replay(trace, **options)._replace(seconds=0)
+
+        class Different(kvspec.oracle.SWARadixCache):
+            def swa_evictable_size(self) -> int:
+                return super().swa_evictable_size() + 1
+
+        names = {name: getattr(kvspec.oracle, name) for name in kvspec.oracle.__all__}
+        other = SimpleNamespace(**{**names, "SWARadixCache": Different, "__name__": "different"})
+        with pytest.raises(LockstepError, match=r"REPLAY-7: request 0: swa_evictable_size\(\)"):
+            self.function("replay")(trace, impl=self.impl, verify=other, **options)

@@ -1,14 +1,29 @@
 """What runs say to people and to programs."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from rich.table import Table
 
-from kvspec.replay.run import Run
+from kvspec.replay.run import Run, WindowRun
 from kvspec.replay.trace import Trace
 
-__all__ = ["Report", "RunReport", "as_json", "as_table"]
+__all__ = ["Report", "RunReport", "WindowReport", "as_json", "as_table", "as_window_table"]
+
+
+class WindowReport(TypedDict):
+    """What a sliding window adds to an element of `runs`."""
+
+    sliding_window: int
+    swa_capacity: int
+    swa_evictions: int
+    swa_left: int
+    tombstones: int
+    swa_leaked_pages: int
+    full_used_peak: int
+    full_used_mean: float
+    swa_used_peak: int
+    swa_used_mean: float
 
 
 class RunReport(TypedDict):
@@ -23,6 +38,7 @@ class RunReport(TypedDict):
     evictions: int
     seconds: float
     leaked_pages: int
+    window: NotRequired[WindowReport]
 
 
 class Report(TypedDict):
@@ -40,20 +56,40 @@ def as_json(trace: Trace, runs: Iterable[Run]) -> Report:
         trace=trace.name,
         block=trace.block,
         requests=len(trace.requests),
-        runs=[
-            RunReport(
-                policy=run.policy,
-                capacity=run.capacity,
-                granularity=run.granularity,
-                impl=run.impl,
-                hit_blocks=run.hit_blocks,
-                hit_tokens=run.hit_tokens,
-                evictions=run.evictions,
-                seconds=run.seconds,
-                leaked_pages=run.leaked_pages,
-            )
-            for run in runs
-        ],
+        runs=[_run_report(run) for run in runs],
+    )
+
+
+def _run_report(run: Run) -> RunReport:
+    report = RunReport(
+        policy=run.policy,
+        capacity=run.capacity,
+        granularity=run.granularity,
+        impl=run.impl,
+        hit_blocks=run.hit_blocks,
+        hit_tokens=run.hit_tokens,
+        evictions=run.evictions,
+        seconds=run.seconds,
+        leaked_pages=run.leaked_pages,
+    )
+    if run.window is not None:
+        report["window"] = _window_report(run.window)
+    return report
+
+
+def _window_report(window: WindowRun) -> WindowReport:
+    peak, mean = window.peak, window.mean
+    return WindowReport(
+        sliding_window=window.sliding_window,
+        swa_capacity=window.swa_capacity,
+        swa_evictions=window.swa_evictions,
+        swa_left=window.swa_left,
+        tombstones=window.tombstones,
+        swa_leaked_pages=window.swa_leaked_pages,
+        full_used_peak=peak.full,
+        full_used_mean=mean[0],
+        swa_used_peak=peak.swa,
+        swa_used_mean=mean[1],
     )
 
 
@@ -91,6 +127,43 @@ def as_table(trace: Trace, runs: Sequence[Run]) -> Table:
             "no leak" if not run.leaks else f"{run.leaked_pages:,} pages leaked",
         )
     return table
+
+
+def as_window_table(trace: Trace, runs: Sequence[Run]) -> Table | None:
+    """What the command prints below of runs with a sliding window; None if there is none."""
+    windows = [(run, run.window) for run in runs if run.window is not None]
+    if not windows:
+        return None
+    table = Table(title=f"sliding window of {windows[0][1].sliding_window:,} tokens")
+    for heading in (
+        "capacity\nblocks",
+        "window\nblocks",
+        "evictions\nwindow",
+        "left\nbehind",
+        "tombstones\nat the end",
+        "full pool\nmean, peak",
+        "window pool\nmean, peak",
+        "leaked\nwindow",
+    ):
+        table.add_column(heading, justify="right")
+    for run, window in windows:
+        block = trace.block
+        table.add_row(
+            f"{run.capacity:,}",
+            f"{window.swa_capacity:,}",
+            f"{window.swa_evictions:,}",
+            f"{window.swa_left:,}",
+            f"{window.tombstones:,}",
+            _share(window.mean[0], window.peak.full, run.capacity * block),
+            _share(window.mean[1], window.peak.swa, window.swa_capacity * block),
+            f"{window.swa_leaked_pages:,}",
+        )
+    return table
+
+
+def _share(mean: float, peak: int, pool: int) -> str:
+    """Of a pool, all in tokens."""
+    return f"{mean / pool:.1%}, {peak / pool:.1%}"
 
 
 def _setting(runs: Sequence[Run]) -> str:

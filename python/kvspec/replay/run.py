@@ -1,33 +1,24 @@
 """Drives a cache with a trace, one request at a time, and counts. Spec: REPLAY."""
 
-import importlib
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from kvspec import has_native
-from kvspec.errors import ContractError, MemoryLeakError
-from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
-from kvspec.interfaces.prefix_cache import LockReceipt, NodeHandle
-from kvspec.interfaces.prefix_key import ExtraKey
-from kvspec.interfaces.radix_cache import RadixCache
-from kvspec.interfaces.request_pool import ReqToTokenPool
-from kvspec.memory_checker import check_memory
+from kvspec.errors import ContractError
+from kvspec.replay.system import (
+    FullSystem,
+    Implementation,
+    Outcome,
+    Setting,
+    System,
+    Use,
+    WindowSystem,
+)
 from kvspec.replay.trace import Trace, TraceRequest, block_tokens
 
-__all__ = [
-    "Implementation",
-    "LockstepError",
-    "Request",
-    "Run",
-    "implementation",
-    "replay",
-]
-
+__all__ = ["LockstepError", "Run", "Sample", "WindowRun", "replay"]
 
 _SHOWN = 60
 """Characters of a value in the text of a LockstepError."""
@@ -37,13 +28,45 @@ class LockstepError(AssertionError):
     """Two implementations differ; the text names the request and what differs (REPLAY-7)."""
 
 
-class Implementation(Protocol):
-    """A namespace with the classes of the specification, as `kvspec` and `kvspec.oracle` are."""
+class Sample(NamedTuple):
+    """What is seen after a request."""
 
-    __name__: str
-    ReqToTokenPool: Callable[..., ReqToTokenPool]
-    PagedTokenToKVPoolAllocator: Callable[..., PagedTokenToKVPoolAllocator]
-    RadixCache: Callable[..., RadixCache]
+    blocks: int
+    """Of its input, before it is cut to the capacity."""
+    hit_blocks: int
+    used: Use
+    """By resident pages: all of them in the full pool, the live ones in the window pool."""
+
+
+class WindowRun(NamedTuple):
+    """What a replay with a sliding window counts besides (REPLAY-11)."""
+
+    sliding_window: int
+    """Tokens."""
+    swa_capacity: int
+    """Blocks of the window pool."""
+    swa_evictions: int
+    """Blocks that the cache took from the window pool."""
+    swa_left: int
+    """Blocks that requests gave back to it, having left them behind."""
+    tombstones: int
+    """Blocks that are resident without a window block after the last request."""
+    swa_leaked_pages: int
+    """Window pages that are still held after the cache was reset."""
+    samples: tuple[Sample, ...]
+    """One for each request."""
+
+    @property
+    def peak(self) -> Use:
+        """The most tokens that were used in each pool."""
+        used = [sample.used for sample in self.samples] or [Use(0, 0)]
+        return Use(max(use.full for use in used), max(use.swa for use in used))
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """The tokens used in the full and in the window pool, on average over the requests."""
+        used, count = [sample.used for sample in self.samples], max(len(self.samples), 1)
+        return sum(use.full for use in used) / count, sum(use.swa for use in used) / count
 
 
 class Run(NamedTuple):
@@ -71,110 +94,8 @@ class Run(NamedTuple):
     """Pages that are still held after the cache was reset."""
     leaks: str
     """What `check_memory` reported at the end; empty if nothing."""
-
-
-def implementation(name: str) -> Implementation:
-    """`native` or `oracle`; ImportError if that is the extension and it is absent."""
-    if name == "native" and not has_native():
-        raise ImportError("the native core is absent: only the oracle can run")
-    module = importlib.import_module({"native": "kvspec", "oracle": "kvspec.oracle"}[name])
-    return cast(Implementation, module)
-
-
-@dataclass(slots=True)
-class Request:
-    """A request as a cache reads and writes it: `interfaces.prefix_cache.Req`."""
-
-    origin_input_ids: Sequence[int]
-    req_pool_idx: int | None
-    prefix_indices: Tensor
-    last_node: NodeHandle | None
-    lock_receipt: LockReceipt | None
-    cache_protected_len: int
-    output_ids: Sequence[int] = ()
-    extra_key: ExtraKey = None
-    fill_ids: Sequence[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.fill_ids = self.origin_input_ids
-
-
-class _Outcome(NamedTuple):
-    matched: Tensor
-    """The slots that the cache had."""
-    evicted: int
-    """Tokens."""
-    slots: Tensor
-    """The slots taken for the rest."""
-
-
-class _System:
-    """The three parts that a scheduler works with; one row, since one request runs at a time."""
-
-    def __init__(
-        self, impl: Implementation, trace: Trace, *, capacity: int, policy: str, granularity: str
-    ) -> None:
-        block = trace.block
-        longest = max((len(request.hash_ids) for request in trace.requests), default=0)
-        self.rows = impl.ReqToTokenPool(
-            size=1,
-            max_context_len=max(min(longest, capacity), 1) * block,
-            device="cpu",
-            enable_memory_saver=False,
-        )
-        self.allocator = impl.PagedTokenToKVPoolAllocator(
-            size=capacity * block,
-            page_size=block,
-            dtype=torch.bfloat16,
-            device="cpu",
-            kvcache=None,
-            need_sort=False,
-        )
-        self.cache = impl.RadixCache(
-            req_to_token_pool=self.rows,
-            token_to_kv_pool_allocator=self.allocator,
-            page_size=block,
-            disable=False,
-            enable_kv_cache_events=False,
-            eviction_policy=policy,
-            eviction_granularity=granularity,
-        )
-
-    def serve(self, tokens: memoryview, matchable: int) -> _Outcome:
-        """Match, lock, evict, alloc, write the row; insert, unlock and finish (REPLAY-3)."""
-        total = len(tokens)
-        matched, node, *_ = self.cache.match_prefix(tokens[:matchable])
-        assert node is not None, "REPLAY-3: a match that touches gives a handle"
-        receipt = self.cache.inc_lock_ref(node)
-        prefix = matched.numel()
-        taken = self.rows.alloc(1)
-        assert taken is not None, "REPLAY-3: the row of the last request was not given back"
-        row = taken[0]
-        self.rows.write((row, slice(0, prefix)), matched)
-        shortfall = total - prefix - self.allocator.available_size()
-        evicted = self.cache.evict(shortfall) if shortfall > 0 else 0
-        last = int(matched[-1]) if prefix else -1
-        slots = self.allocator.alloc_extend([prefix], [total], [last], total - prefix)
-        assert slots is not None, "REPLAY-3: the cache did not make room for a request that fits"
-        self.rows.write((row, slice(prefix, total)), slots)
-        self.cache.cache_finished_req(Request(tokens, row, matched, node, receipt, prefix))
-        return _Outcome(matched, evicted, slots)
-
-    def check_counts(self, number: int) -> None:
-        """`check_memory` by counts, after request `number`."""
-        try:
-            check_memory(self.allocator, self.rows, self.cache, level="counts")
-        except MemoryLeakError as error:
-            raise MemoryLeakError(f"request {number}: {error}") from None
-
-    def leaks(self) -> tuple[int, str]:
-        """Pages that nobody gave back, and the report: the tree is emptied for it. O(pool)."""
-        self.cache.reset()
-        try:
-            check_memory(self.allocator, self.rows, self.cache, level="sets")
-        except MemoryLeakError as error:
-            return len(self.allocator.view().held), str(error)
-        return 0, ""
+    window: WindowRun | None = None
+    """None without a sliding window."""
 
 
 class _Counts(NamedTuple):
@@ -184,17 +105,21 @@ class _Counts(NamedTuple):
     """Tokens, in whole blocks."""
     hit_tokens: int = 0
     evicted: int = 0
-    """Tokens, in whole blocks."""
+    """Tokens, in whole blocks, and so below."""
+    swa_evicted: int = 0
+    swa_left: int = 0
     slots: int = 0
     seconds: float = 0.0
 
-    def after(self, request: TraceRequest, outcome: _Outcome, seconds: float) -> "_Counts":
-        matched = outcome.matched.numel()
+    def after(self, request: TraceRequest, outcome: Outcome, seconds: float) -> "_Counts":
+        matched, taken = outcome.matched.numel(), outcome.taken
         return _Counts(
             matched=self.matched + matched,
             hit_tokens=self.hit_tokens + min(matched, request.input_length),
-            evicted=self.evicted + outcome.evicted,
-            slots=self.slots + outcome.slots.numel(),
+            evicted=self.evicted + taken.evicted,
+            swa_evicted=self.swa_evicted + taken.swa_evicted,
+            swa_left=self.swa_left + taken.swa_left,
+            slots=self.slots + taken.slots.numel(),
             seconds=self.seconds + seconds,
         )
 
@@ -209,50 +134,128 @@ def replay(
     leave_last_token: bool = False,
     verify: Implementation | None = None,
     progress: Callable[[], object] | None = None,
+    sliding_window: int | None = None,
+    swa_ratio: float | None = None,
 ) -> Run:
     """Serve every request of a trace in order, with `capacity` blocks (REPLAY-3 to REPLAY-7).
 
     `check_memory` looks at the counts after every request and, when the cache has been reset at the
     end, at the sets. With `verify`, that implementation serves every request too and is compared.
-    `progress` is called after each request. O(tokens of the trace), and O(resident tokens) more for
-    each request with `verify`.
+    `progress` is called after each request. With a `sliding_window` in tokens there is a window
+    pool of `swa_ratio`, 1 by default, times as many blocks (REPLAY-9 to REPLAY-12). O(tokens of the
+    trace), and O(resident tokens) more for each request with `verify`.
     """
-    if capacity < 1:
-        raise ContractError(f"REPLAY-3: capacity is {capacity}, not a positive number of blocks")
-    system, *others = (
-        _System(each, trace, capacity=capacity, policy=policy, granularity=granularity)
-        for each in (impl, verify)
-        if each is not None
-    )
-    counts = _Counts()
+    setting = _setting(trace, capacity, policy, granularity, sliding_window, swa_ratio)
+    kind = FullSystem if sliding_window is None else WindowSystem
+    system, *others = (kind(each, setting) for each in (impl, verify) if each is not None)
+    counts, samples = _Counts(), list[Sample]()
     for number, request in enumerate(trace.requests):
         start = time.perf_counter()
         tokens, matchable = _cut(request, capacity, trace.block, leave_last_token)
         outcome = system.serve(tokens, matchable)
         system.check_counts(number)
         counts = counts.after(request, outcome, time.perf_counter() - start)
+        if isinstance(system, WindowSystem):
+            hit_blocks = outcome.matched.numel() // trace.block
+            samples.append(Sample(len(request.hash_ids), hit_blocks, system.used()))
         for other in others:
             _compare(number, (system, other), (outcome, other.serve(tokens, matchable)))
         if progress is not None:
             progress()
-    tokens_compared = system.cache.counters()["tokens_compared"]
-    leaked_pages, leaks = system.leaks()
-    return Run(
-        policy=policy,
+    return _run(trace, impl.__name__, setting, system, counts, samples)
+
+
+def _setting(
+    trace: Trace,
+    capacity: int,
+    policy: str,
+    granularity: str,
+    sliding_window: int | None,
+    swa_ratio: float | None,
+) -> Setting:
+    """What the caller asked for, or why it cannot be (REPLAY-3, REPLAY-10)."""
+    if capacity < 1:
+        raise ContractError(f"REPLAY-3: capacity is {capacity}, not a positive number of blocks")
+    swa_capacity = 0
+    if sliding_window is None:
+        if swa_ratio is not None:
+            raise ContractError(f"REPLAY-10: swa_ratio is {swa_ratio} without a sliding_window")
+    else:
+        if (policy, granularity) != ("lru", "page"):
+            raise ContractError(
+                f"REPLAY-10: a sliding window goes with lru by page, not {policy} by {granularity}"
+            )
+        ratio = 1 if swa_ratio is None else swa_ratio
+        swa_capacity = _swa_capacity(trace.block, capacity, sliding_window, ratio)
+    longest = max((len(request.hash_ids) for request in trace.requests), default=0)
+    return Setting(
+        block=trace.block,
+        row=min(longest, capacity),
         capacity=capacity,
+        policy=policy,
         granularity=granularity,
-        impl={"kvspec": "native", "kvspec.oracle": "oracle"}.get(impl.__name__, impl.__name__),
+        sliding_window=sliding_window,
+        swa_capacity=swa_capacity,
+    )
+
+
+def _swa_capacity(block: int, capacity: int, window: int, ratio: float) -> int:
+    """Blocks of the window pool (REPLAY-10)."""
+    if window < 1:
+        raise ContractError(f"REPLAY-10: sliding_window is {window}, not a positive length")
+    if not 0 < ratio < math.inf:
+        raise ContractError(f"REPLAY-10: swa_ratio is {ratio}, not a positive share")
+    # Neither 0.29 of 100 blocks nor a third of 9 loses one to rounding.
+    swa_capacity = int(Fraction(ratio).limit_denominator(10**9) * capacity)
+    blocks = -(-window // block)
+    if swa_capacity < blocks + 2:
+        raise ContractError(
+            f"REPLAY-10: a window pool of {swa_capacity} blocks does not hold a window of {window}"
+            f" tokens, which is {blocks}, and two more"
+        )
+    return swa_capacity
+
+
+def _run(
+    trace: Trace,
+    impl: str,
+    setting: Setting,
+    system: System,
+    counts: _Counts,
+    samples: list[Sample],
+) -> Run:
+    """What was counted; the cache is emptied to see what leaks."""
+    tokens_compared = system.cache.counters()["tokens_compared"]
+    window, block = setting.sliding_window, setting.block
+    leaks = system.leaks()
+    last = samples[-1].used if samples else Use(0, 0)
+    return Run(
+        policy=setting.policy,
+        capacity=setting.capacity,
+        granularity=setting.granularity,
+        impl={"kvspec": "native", "kvspec.oracle": "oracle"}.get(impl, impl),
         requests=len(trace.requests),
         blocks=trace.blocks,
         tokens=trace.tokens,
-        hit_blocks=counts.matched // trace.block,
+        hit_blocks=counts.matched // block,
         hit_tokens=counts.hit_tokens,
-        evictions=counts.evicted // trace.block,
+        evictions=counts.evicted // block,
         slots_allocated=counts.slots,
         tokens_compared=tokens_compared,
         seconds=counts.seconds,
-        leaked_pages=leaked_pages,
-        leaks=leaks,
+        leaked_pages=leaks.pages,
+        leaks=leaks.report,
+        window=None
+        if window is None
+        else WindowRun(
+            sliding_window=window,
+            swa_capacity=setting.swa_capacity,
+            swa_evictions=counts.swa_evicted // block,
+            swa_left=counts.swa_left // block,
+            tombstones=(last.full - last.swa) // block,
+            swa_leaked_pages=leaks.swa_pages,
+            samples=tuple(samples),
+        ),
     )
 
 
@@ -267,21 +270,11 @@ def _cut(
 
 
 def _compare(
-    number: int, systems: tuple[_System, _System], outcomes: tuple[_Outcome, _Outcome]
+    number: int, systems: tuple[System, System], outcomes: tuple[Outcome, Outcome]
 ) -> None:
     """LockstepError unless results and abstract states are equal (REPLAY-7). O(resident tokens)."""
     mine, theirs = (
-        {
-            "matched slots": outcome.matched.tolist(),
-            "evicted tokens": outcome.evicted,
-            "slots taken": outcome.slots.tolist(),
-            "rows": system.rows.view(),
-            "allocator.digest()": system.allocator.digest(),
-            "cache.digest()": system.cache.digest(),
-            "evictable_size()": system.cache.evictable_size(),
-            "protected_size()": system.cache.protected_size(),
-        }
-        for system, outcome in zip(systems, outcomes, strict=True)
+        outcome.told() | system.state() for system, outcome in zip(systems, outcomes, strict=True)
     )
     for name, value in mine.items():
         if value != theirs[name]:

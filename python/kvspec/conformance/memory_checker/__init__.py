@@ -1,127 +1,17 @@
 """Conformance of the memory checker: faults are planted, and must be named. Spec: CHECK."""
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import pytest
-import torch
 
-import kvspec
 from kvspec.conformance import clause
-from kvspec.conformance.suite import Conformance
-from kvspec.conformance.watch import watch_function
+from kvspec.conformance.memory_checker.bench import PAGE, PAGES, Sealed
+from kvspec.conformance.memory_checker.windows import WindowConformance
 from kvspec.errors import MemoryLeakError
-from kvspec.replay import Request
 
 __all__ = ["MemoryCheckerConformance"]
 
-PAGE = 4
-PAGES = 8
 
-
-class Bench:
-    """A pool of 8 pages of 4 slots and 3 rows, a tree over it, and the requests that run."""
-
-    def __init__(self, impl: Any, check: Callable[..., None]) -> None:
-        self.rows = impl.ReqToTokenPool(
-            size=3, max_context_len=32, device="cpu", enable_memory_saver=False
-        )
-        self.allocator = impl.PagedTokenToKVPoolAllocator(
-            size=PAGES * PAGE + 1,
-            page_size=PAGE,
-            dtype=torch.float16,
-            device="cpu",
-            kvcache=None,
-            need_sort=False,
-        )
-        self.cache = impl.RadixCache(
-            req_to_token_pool=self.rows,
-            token_to_kv_pool_allocator=self.allocator,
-            page_size=PAGE,
-            disable=False,
-            enable_kv_cache_events=False,
-            eviction_policy="lru",
-            eviction_granularity="page",
-        )
-        self.reqs: list[Request] = []
-        self._check = check
-
-    def check(self, level: str = "sets", reserved: Sequence[int] = ()) -> None:
-        self._check(
-            self.allocator,
-            self.rows,
-            self.cache,
-            reqs=self.reqs,
-            reserved=reserved,
-            level=level,
-        )
-
-    def passes(self, level: str = "sets", reserved: Sequence[int] = ()) -> None:
-        """Every page has one owner, and the checker says so."""
-        try:
-            self.check(level, reserved)
-        except ValueError as error:
-            pytest.fail(f"a leak is reported where there is none: {error}")
-
-    def faults(self) -> list[str]:
-        """The lines of the report: there must be one."""
-        with pytest.raises(MemoryLeakError) as caught:
-            self.check()
-        return str(caught.value).splitlines()
-
-    def start(self, tokens: Sequence[int]) -> Request:
-        """Admit a request: match, lock, and slots for what is new."""
-        match = self.cache.match_prefix(tokens)
-        receipt = self.cache.inc_lock_ref(match.last_device_node)
-        prefix = len(match.device_indices)
-        (row,) = self.rows.alloc(1)
-        last = int(match.device_indices[-1]) if prefix else -1
-        new = len(tokens) - prefix
-        slots = self.allocator.alloc_extend([prefix], [len(tokens)], [last], new)
-        self.rows.write((row, slice(0, prefix)), match.device_indices)
-        self.rows.write((row, slice(prefix, len(tokens))), slots)
-        node = match.last_device_node
-        req = Request(tokens, row, match.device_indices, node, receipt, prefix)
-        self.reqs.append(req)
-        return req
-
-    def finish(self, req: Request) -> None:
-        self.cache.cache_finished_req(req)
-        self.reqs.remove(req)
-
-    def busy(self) -> Request:
-        """Pages 1 and 2 in the tree, 1 locked by the request in row 1, which owns page 3 alone."""
-        self.finish(self.start([1, 2, 3, 4, 5, 6, 7, 8]))
-        return self.start([1, 2, 3, 4, 9, 9])
-
-
-class Sealed:
-    """Lets the sizes of an object be read, and nothing that costs O(pool)."""
-
-    def __init__(self, subject: Any) -> None:
-        self._subject = subject
-
-    def __getattr__(self, name: str) -> Any:
-        assert name in {
-            "size",
-            "page_size",
-            "req_to_token",
-            "available_size",
-            "evictable_size",
-            "protected_size",
-            "row_length",
-        }, f"CHECK-8: {name} is read"
-        return getattr(self._subject, name)
-
-
-class MemoryCheckerConformance(Conformance):
+class MemoryCheckerConformance(WindowConformance):
     """`impl` may hold a `check_memory` of its own."""
-
-    def bench(self) -> Bench:
-        given = getattr(self.impl, "check_memory", None)
-        check = given if inspect.isfunction(given) else kvspec.check_memory
-        return Bench(self.impl, watch_function(self.impl_name, check, "memory_checker"))
 
     @clause("CHECK-6")
     @pytest.mark.parametrize("level", ["sets", "counts"])
