@@ -181,7 +181,7 @@ std::uint64_t RadixTree::digest() const {
       page = mix(page, node.lock_count);
       page = mix(page, whole_nodes_ && at + 1 == node.page_count ? 1 : 0);
       page = mix(page, at < node.dead_count ? 1 : 0);
-      sum += mix(page, node.swa_lock_count);
+      sum += mix(mix(page, node.swa_lock_count), path);  // so that no two pages' sums trade places
     }
   }
   std::uint64_t receipts = mix(kDigestStart, open_receipt_count_);

@@ -44,9 +44,9 @@ std::vector<Part> parts_of(const RadixFlags& live, std::size_t start, std::size_
   return parts;
 }
 
-// Of [first, last), which are pages or slots of `unit` tokens, those whose flag is set, by position.
-void add_set(std::vector<Interval>& found, const RadixFlags& flags, std::size_t first, std::size_t last,
-             std::int64_t position, std::int32_t unit) {
+// Adds those of [first, last) whose flag is set, by position: each is `unit` tokens.
+void add_set(std::vector<Interval>& found, const RadixFlags& flags, std::size_t first,
+             std::size_t last, std::int64_t position, std::int32_t unit) {
   for (std::size_t at = first; at < last;) {
     const std::size_t end = run_end(flags, at, last);
     const auto start = position + static_cast<std::int64_t>(at - first) * unit;

@@ -174,6 +174,7 @@ struct Plan : InsertPlan {
   }
 
   nb::object revived_slots() const {
+    if (revived.empty()) return nb::none();
     std::vector<PageId> tree;
     std::vector<PageId> own;
     for (const std::size_t at : revived) {
@@ -315,8 +316,9 @@ void def_plan(nb::module_& m) {
       .def("named_slots", &Plan::named_slots, nb::sig("def named_slots(self) -> torch.Tensor"),
            "Whose pairs `add_pairs` asks for: the whole pages' first slots, then the tail's.")
       .def("revived_slots", &Plan::revived_slots,
-           nb::sig("def revived_slots(self) -> tuple[torch.Tensor, torch.Tensor]"),
-           "The first slots of the tree's pages that revive, and of the caller's (SWARADIX-5).")
+           nb::sig("def revived_slots(self) -> tuple[torch.Tensor, torch.Tensor] | None"),
+           "The first slots of the tree's pages that revive, if any do, and of the caller's "
+           "(SWARADIX-5).")
       .def("pair_ranges", &Plan::pair_ranges,
            nb::sig("def pair_ranges(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], "
                    "list[tuple[int, int]], list[tuple[int, int]]]"),

@@ -101,9 +101,9 @@ class RadixTree {
   // Evicts at least token_count tokens or all that can be, and with windows then pairs until those
   // of swa_token_count tokens have gone; pages are at page size 1 in order of eviction, else
   // ascending (RADIX-8 to RADIX-11, RADIX-13, SWARADIX-12 to SWARADIX-16).  REQUIRES: neither is
-  // negative (RADIX-12, SWARADIX-17).  O(log n) a leaf or run of tombstones, amortised with windows,
-  // and a sort of the pages unless they are slots.  The victims' memory is kept until evict_commit()
-  // or the next change.
+  // negative (RADIX-12, SWARADIX-17).  O(log n) a leaf or run of tombstones, amortised with windows
+  // (SWARADIX-20), and a sort of the pages unless they are slots.  The victims' memory is kept
+  // until evict_commit() or the next change.
   RadixEviction evict(std::int64_t token_count, std::int64_t swa_token_count = 0);
   void evict_commit() noexcept;
   // Takes the last evict() back.  REQUIRES: nothing changed the tree since.  O(victims).
@@ -183,7 +183,8 @@ class RadixTree {
   NodeIndex carry_out(InsertPlan& plan, std::int64_t priority);
 
   bool has_windows() const noexcept { return window_pages_ > 0; }
-  RadixFlags live_after(InsertPlan& plan, std::span<const NodeIndex> path, const RadixFlags& brought) const;
+  RadixFlags live_after(InsertPlan& plan, std::span<const NodeIndex> path,
+                        const RadixFlags& brought) const;
   void clip(InsertPlan& plan, const RadixFlags& live) const;
   void sort_pairs(InsertPlan& plan, RadixFlags brought) const;
   void cut_path(InsertPlan& plan, std::span<const NodeIndex> path, const RadixFlags& live,

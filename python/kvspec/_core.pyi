@@ -327,9 +327,9 @@ class InsertPlan:
         Whose pairs `add_pairs` asks for: the whole pages' first slots, then the tail's.
         """
 
-    def revived_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def revived_slots(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
-        The first slots of the tree's pages that revive, and of the caller's (SWARADIX-5).
+        The first slots of the tree's pages that revive, if any do, and of the caller's (SWARADIX-5).
         """
 
     def pair_ranges(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """Prefix caches with one clause broken each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -269,6 +269,10 @@ class TakesBadSlots(RadixCache):
                 raise
         return Claim(self._root(frame), [], [], [])
 
+    def _refuse_held(self, clause: str, beyond: Iterable[int]) -> None:
+        if clause != "CACHE-10":
+            super()._refuse_held(clause, beyond)
+
 
 @registry.mutant("CACHE-10", reports=("UCM-1053",))
 class TakesTheSink(TakesBadSlots):
@@ -288,6 +292,15 @@ class TakesAPageThatItHoldsElsewhere(TakesBadSlots):
 @registry.mutant("CACHE-10", reports=("SG-26972",))
 class TakesSlotsThatAreNoPage(TakesBadSlots):
     reason = "not one page in order"
+
+
+@registry.mutant("CACHE-10")
+class CallsPagesOfTheTreeTail(SWARadixCache):
+    """Who frees its tail then frees a page of the tree."""
+
+    def _refuse_held(self, clause: str, beyond: Iterable[int]) -> None:
+        if clause != "CACHE-10":
+            super()._refuse_held(clause, beyond)
 
 
 # Locks

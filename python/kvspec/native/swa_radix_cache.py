@@ -54,11 +54,11 @@ class SWARadixCache(TreeCache, WindowedCache):
 
     def _revive(self, plan: _core.InsertPlan, then: Callable[[], None]) -> None:
         """Move the pairs that revive tombstones, and if the rest fails move them back (CACHE-6)."""
-        tree, own = plan.revived_slots()
-        pool = self._window_pool
-        if pool is None or not tree.numel():
+        pool, moves = self._window_pool, plan.revived_slots()
+        if pool is None or moves is None:
             then()
             return
+        tree, own = moves
         pool.move_swa(tree, own)
         try:
             then()

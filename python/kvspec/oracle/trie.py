@@ -522,7 +522,8 @@ class TrieCache(BasePrefixCache):
             ranks = last[page.last], born[page.born]
             locks = self._locks.get(page, 0)
             windows = page in self._tombstones, self._window_locks.get(page, 0)
-            total += mix(page.name, *ranks, page.hits, page.priority, locks, page.cut, *windows)
+            own = (*ranks, page.hits, page.priority, locks, page.cut, *windows)
+            total += mix(page.name, *own, page.name)  # twice: no two pages' sums trade places
         return total & MASK
 
     def check(self) -> None:

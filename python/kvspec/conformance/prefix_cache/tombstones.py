@@ -1,4 +1,4 @@
-"""Requests over a tree with tombstones. Spec: CACHE-1 to CACHE-6, CACHE-9 and CACHE-15."""
+"""Requests over a tree with tombstones. Spec: CACHE-1 to CACHE-6, CACHE-9, CACHE-10, CACHE-15."""
 
 from typing import Any
 
@@ -184,7 +184,9 @@ class TombstoneConformance(CacheConformance):
     @clause("CACHE-5")
     @pytest.mark.parametrize("call", ["cache_unfinished_req", "cache_finished_req"])
     @page_sizes
-    def test_page_of_the_tree_beyond_the_reach_is_refused(self, page_size: int, call: str) -> None:
+    def test_row_with_a_page_of_the_tree_beyond_the_reach_is_refused(
+        self, page_size: int, call: str
+    ) -> None:
         system, held = self.behind(page_size)
         req = Request(list(range(2 * page_size)))
         (req.req_pool_idx,) = system.pool.alloc(1)
@@ -214,6 +216,19 @@ class TombstoneConformance(CacheConformance):
         assert system.state() != before
         assert len(system.allocator.frees) == 1
         assert system.allocator.pair_frees == []
+
+    @clause("CACHE-10")
+    @page_sizes
+    def test_page_of_the_tree_beyond_the_reach_is_refused(self, page_size: int) -> None:
+        """Called tail, it would be given back by the caller."""
+        system, held = self.behind(page_size)
+        tokens, slots = list(range(3 * page_size)), held[: 3 * page_size]
+        refused(system, "CACHE-10", system.cache.insert, tokens, slots)
+        other = numbers(system.allocator.alloc(page_size))
+        system.allocator.free_swa(other)
+        refused(
+            system, "CACHE-10", system.cache.insert, tokens, other + held[page_size : 3 * page_size]
+        )
 
     @clause("CACHE-9")
     @page_sizes
