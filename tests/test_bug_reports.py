@@ -11,7 +11,7 @@ from kvspec.conformance.suite import Conformance
 from kvspec.errors import ContractError, MemoryLeakError
 from needs import native
 from sequences import SEQUENCES, Sequences
-from sequences.faults import registry
+from sequences.window_faults import registry
 
 SEEN = (AssertionError, ContractError, MemoryLeakError, pytest.fail.Exception)
 
