@@ -159,6 +159,7 @@ void RadixTree::prepare(InsertPlan& plan, const RadixWalk& at, std::string_view 
                         std::span<const Token> tokens) {
   const auto unit = static_cast<std::size_t>(page_size_);
   plan.space = space;
+  plan.version = version_;
   plan.node = at.node;
   if (const std::size_t count = plan.reach - at.page_count; count > 0) {
     RadixBuffer run = make_run(std::span<const PageId>(plan.pages).subspan(at.page_count, count),
@@ -177,14 +178,18 @@ void RadixTree::prepare(InsertPlan& plan, const RadixWalk& at, std::string_view 
 void RadixTree::complete(InsertPlan& plan) {
   reserve(1 + plan.cuts.size() + plan.added.size());  // a root, parts of nodes and leaves
   grow(receipts_, 1);
-  plan.version = version_;
+  plan.is_complete = true;
+}
+
+void RadixTree::require_unchanged(const InsertPlan& plan) const {
+  if (plan.version == version_) return;
+  refuse("CACHE-7", "the tree has changed since the insert was planned");
 }
 
 // The end of the plan's reach, or kNone where its namespace has no root.
 RadixTree::NodeIndex RadixTree::carry_out(InsertPlan& plan, std::int64_t priority) {
-  if (plan.version != version_) {
-    refuse("CACHE-7", "the tree has changed since the insert was planned");
-  }
+  require_unchanged(plan);
+  if (!plan.is_complete) refuse("CACHE-7", "the insert was planned without the caller's pairs");
   ++tick_;
   NodeIndex end = plan.node;
   if (!plan.new_space.empty()) end = make_root(std::move(plan.new_space));

@@ -88,6 +88,8 @@ bool RadixTree::ends_in_window(NodeIndex end) const noexcept {
 // ---- insert ----
 
 void RadixTree::add_pairs(InsertPlan& plan, std::span<const std::int64_t> pairs) {
+  require_unchanged(plan);
+  if (plan.is_complete) refuse("CACHE-7", "the insert is planned already");
   const std::size_t count = plan.reach + plan.tail_slots.size();
   if (!pairs.empty() && pairs.size() != count) {
     refuse("SWA-20", std::to_string(pairs.size()) + " window slots were given for " +
@@ -110,7 +112,7 @@ void RadixTree::add_pairs(InsertPlan& plan, std::span<const std::int64_t> pairs)
 
 // Which of the key's pages will be live, and which tombstones that revives (SWARADIX-5).
 RadixFlags RadixTree::live_after(InsertPlan& plan, std::span<const NodeIndex> path,
-                                       const RadixFlags& brought) const {
+                                 const RadixFlags& brought) const {
   RadixFlags live = brought;
   const std::size_t held = plan.resident.size();
   for (const NodeIndex index : path) {

@@ -77,8 +77,9 @@ class RadixTree {
                       const RadixReceipt* receipt, bool locks);
   // With windows: completes a plan by the window slots of the key's whole pages and of the tail's
   // slots, of which those above 0 are there; none given: all are (SWARADIX-3 to SWARADIX-6).
-  // REQUIRES: as many as there are; no page of a row beyond the reach is in the tree (CACHE-5).
-  // O(pages of the key).
+  // REQUIRES: as many as there are, added once, and nothing changed the tree since the plan was
+  // made (CACHE-7); no page beyond the reach is in the tree (CACHE-5, CACHE-10).  O(pages of the
+  // key).
   void add_pairs(InsertPlan& plan, std::span<const std::int64_t> pairs);
   // Carries the plan out (CACHE-9, RADIX-4).  REQUIRES: nothing else changed the tree since it was
   // made, and it is complete (CACHE-7).  Throws nothing else.  O(nodes on the path).
@@ -180,6 +181,7 @@ class RadixTree {
   void prepare(InsertPlan& plan, const RadixWalk& at, std::string_view space,
                std::span<const Token> tokens);
   void complete(InsertPlan& plan);
+  void require_unchanged(const InsertPlan& plan) const;
   NodeIndex carry_out(InsertPlan& plan, std::int64_t priority);
 
   bool has_windows() const noexcept { return window_pages_ > 0; }

@@ -215,7 +215,8 @@ struct InsertPlan {
   bool is_row = false;
   bool locks = false;                // the row is to be locked, for which there is memory
   std::string space;
-  std::uint64_t version = 0;         // of the tree it was made for; 0: not complete
+  std::uint64_t version = 0;         // of the tree it was made for
+  bool is_complete = false;          // with windows once the pairs have been added
   std::uint32_t node = 0;            // where the key, or its reach, leaves the tree
   std::vector<RadixCut> cuts;        // from the root on; those of `node` last
   std::vector<RadixRun> added;

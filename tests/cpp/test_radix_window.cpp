@@ -2,6 +2,7 @@
 // books.
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -131,17 +132,29 @@ TEST(constructor_refuses_a_window_that_it_cannot_have) {
   CHECK(test::throws<ContractError>("RADIX-14", [] { RadixTree(1, "lru", "node", 1); }));
 }
 
-TEST(plan_without_pairs_is_refused) {
+TEST(plan_without_pairs_or_with_them_twice_is_refused) {
   const Tree tree = grown();
   const Seen before = see(*tree);
+  const std::vector<std::int64_t> pairs = {7, 7, 7};
   InsertPlan plan = tree->plan_pages("", kFork, {1, 2, 6});
   CHECK(test::throws<ContractError>("SWA-20: 2 window slots were given for 3 slots", [&] {
-    tree->add_pairs(plan, std::vector<std::int64_t>{7, 7});
+    tree->add_pairs(plan, std::span(pairs).first(2));
   }));
-  CHECK(test::throws<ContractError>("CACHE-7", [&] {
-    (void)tree->commit_insert(std::move(plan), 0);
-  }));
+  CHECK(test::throws<ContractError>("CACHE-7: the insert was planned without the caller's pairs",
+                                    [&] { (void)tree->commit_insert(std::move(plan), 0); }));
+  plan = tree->plan_pages("", kFork, {1, 2, 6});
+  tree->add_pairs(plan, pairs);
+  CHECK(test::throws<ContractError>("CACHE-7: the insert is planned already",
+                                    [&] { tree->add_pairs(plan, pairs); }));
   CHECK(see(*tree) == before);
+}
+
+TEST(pairs_for_a_tree_that_has_changed_are_refused) {
+  const Tree tree = grown();
+  InsertPlan plan = tree->plan_pages("", kFork, {1, 2, 6});
+  insert_pairs(*tree, {9, 9}, {9}, {});
+  CHECK(test::throws<ContractError>("CACHE-7: the tree has changed",
+                                    [&] { tree->add_pairs(plan, {}); }));
 }
 
 TEST(row_whose_page_beyond_the_reach_is_in_the_tree_is_refused) {

@@ -338,12 +338,13 @@ class WindowedCache(PrefixCache):
         if stop <= req.cache_protected_len:
             return 0
         own = pool.row(row)[req.cache_protected_len : stop]
-        left = own[len(own) - self._paired_count(own[:: self.page_size]) * self.page_size :]
-        if len(left):
+        count = self._paired_count(own[:: self.page_size]) * self.page_size
+        if count:
+            left = own[own.numel() - count :]
             if self._window_pool is not None:
                 self._window_pool.free_swa(left)
             self._report("evict_swa", left)
-        return len(left)
+        return count
 
     def _frontier(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
         """The first position that the next token's window, or chunk, may still read (CACHE-19)."""
@@ -362,17 +363,16 @@ class WindowedCache(PrefixCache):
         A request leaves its pages in order, so that before one without a pair there is none with
         one; twice as many are looked at each time.
         """
-        if self._window_pool is None:
-            return len(pages)
-        stop, step = len(pages), 1
-        while stop > 0:
+        count = stop = pages.numel()
+        step = 1
+        while stop > 0 and self._window_pool is not None:
             start = max(stop - step, 0)
             windows = self._window_pool.translate_loc_from_full_to_swa(pages[start:stop])
             without = (windows <= 0).nonzero()
-            if len(without):
-                return len(pages) - start - int(without[-1]) - 1
+            if without.numel():
+                return count - start - int(without[-1]) - 1
             stop, step = start, step * 2
-        return len(pages)
+        return count
 
     def full_evictable_size(self) -> int:
         """Tokens that `evict` could give back to the full pool (SWARADIX-10). O(1)."""

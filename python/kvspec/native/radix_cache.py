@@ -15,7 +15,6 @@ from kvspec import _core
 from kvspec.errors import ContractError
 from kvspec.interfaces import prefix_cache as interface
 from kvspec.interfaces.prefix_cache import (
-    EvictResult,
     InsertRanges,
     InsertResult,
     MatchResult,
@@ -179,8 +178,11 @@ class TreeCache(PrefixCache):
 
     # Eviction and locks
 
-    def _evict(self, num_tokens: int, swa_num_tokens: int) -> EvictResult:
-        """Evict, or if the allocator raises take it back: one slot of each page names it."""
+    def _evict(self, num_tokens: int, swa_num_tokens: int) -> tuple[int, int]:
+        """Evict, and how many tokens of either pool; if the allocator raises, take it back.
+
+        One slot of each page names it (PAGE-9).
+        """
         evicted, buried, swa_count = self._tree.evict(num_tokens, swa_num_tokens)
         try:
             self._give_back(evicted, buried)
@@ -188,11 +190,12 @@ class TreeCache(PrefixCache):
             self._tree.evict_undo()
             raise
         self._tree.evict_commit()
-        pages = evicted if buried is None else torch.cat((evicted, buried))
-        if pages.numel() and self._observer is not None:
+        count = evicted.numel()
+        if self._observer is not None and (count or buried is not None):
+            pages = evicted if buried is None else torch.cat((evicted, buried))
             whole = pages.unsqueeze(1) + torch.arange(self.page_size)
             self._report("evict", whole.flatten())
-        return EvictResult(evicted.numel() * self.page_size, swa_count)
+        return count * self.page_size, swa_count
 
     def inc_lock_ref(self, node: interface.NodeHandle) -> interface.LockReceipt:
         """Keep the node's path from eviction (CACHE-11, CACHE-13). O(nodes on the path)."""
@@ -258,7 +261,7 @@ class RadixCache(TreeCache):
     @changing
     def evict(self, num_tokens: int) -> int:
         """Give back up to `num_tokens` evictable tokens (RADIX-8 to RADIX-13). O(log n) a leaf."""
-        return self._evict(num_tokens, 0).full_num_tokens
+        return self._evict(num_tokens, 0)[0]
 
 
 class RadixCacheCpp(RadixCache):

@@ -71,7 +71,7 @@ class SWARadixCache(TreeCache, WindowedCache):
         """Make room in both pools (SWARADIX-12 to SWARADIX-17). O(log n) a leaf or run of
         tombstones, amortised.
         """
-        return self._evict(full_num_tokens, swa_num_tokens)
+        return EvictResult(*self._evict(full_num_tokens, swa_num_tokens))
 
     def _frontier(self, prelen: int, chunk_size: int | None, window_size: int | None) -> int:
         if chunk_size is None and window_size is None:
