@@ -6,6 +6,8 @@ it is not collected: the same tests run there from where they belong.
 
 from pathlib import Path
 
+import pytest
+
 import kvspec
 from kvspec import _core
 from kvspec.conformance.chunk_cache import ChunkCacheConformance
@@ -55,6 +57,7 @@ class TestChunkCache(ChunkCacheConformance):
     impl = kvspec
 
 
-def test_lockstep() -> None:
-    found = campaign(range(1000, 1008), 20_000)
+@pytest.mark.parametrize(("memory", "operations"), [("full", 20_000), ("swa", 10_000)])
+def test_lockstep(memory: str, operations: int) -> None:
+    found = campaign(range(1000, 1008), operations, memory=memory)
     assert found.failure is None
