@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvspec
+from allocator_player import Player
 from kvspec import oracle
 from kvspec.conformance import clause
 from kvspec.conformance.page_allocator import PageAllocatorConformance
@@ -54,55 +55,17 @@ def make(impl: Any, page_size: int = 4, need_sort: bool = False) -> Any:
     )
 
 
-class Player:
-    """An allocator, the one ticket that its client keeps, and one request that grows."""
-
-    def __init__(self, subject: Any) -> None:
-        self.subject, self.ticket = subject, subject.backup_state()
-        self.row = [-1]
-
-    def play(self, name: str, *given: Any) -> Any:
-        """What a call gave, as values: slots, None, or the text of its refusal."""
-        try:
-            result = (getattr(self, name, None) or getattr(self.subject, name))(*given)
-        except ContractError as error:
-            return str(error)
-        return result.tolist() if isinstance(result, torch.Tensor) else result
+class PagePlayer(Player):
+    """One that does not always ask for whole pages."""
 
     def alloc(self, pages: int) -> Any:
         return self.subject.alloc(pages * 4)
-
-    def alloc_extend(self, requests: list[tuple[int, int, int]], tokens: int) -> Any:
-        prefixes, new, last = ([request[i] for request in requests] for i in range(3))
-        lengths = [prefix + more for prefix, more in zip(prefixes, new, strict=True)]
-        total = sum(new) if tokens else tokens
-        return self.subject.alloc_extend(prefixes, lengths, last, total)
-
-    def alloc_decode(self, requests: list[tuple[int, int, int]]) -> Any:
-        return self.subject.alloc_decode([r[1] for r in requests], [r[2] for r in requests])
-
-    def grow(self, tokens: int) -> Any:
-        """Legal as long as the request's pages are held."""
-        prefix = len(self.row) - 1
-        slots = self.subject.alloc_extend([prefix], [prefix + tokens], [self.row[-1]], tokens)
-        self.row += [] if slots is None else slots.tolist()
-        return slots
-
-    def backup(self) -> None:
-        self.ticket = self.subject.backup_state()
-
-    def restore(self) -> None:
-        self.subject.restore_state(self.ticket)
-
-    def clear(self) -> None:
-        self.row = [-1]
-        self.subject.clear()
 
 
 @clause("PAGE-16", "PAGE-15", "PAGE-8")
 @given(page_size=st.sampled_from([1, 3, 4]), need_sort=st.booleans(), calls=CALLS)
 def test_oracle_and_core_in_lockstep(page_size: int, need_sort: bool, calls: list[Any]) -> None:
-    one, other = (Player(make(impl, page_size, need_sort)) for impl in (oracle, kvspec))
+    one, other = (PagePlayer(make(impl, page_size, need_sort)) for impl in (oracle, kvspec))
     for call in calls:
         assert one.play(*call) == other.play(*call)
         assert one.subject.view() == other.subject.view()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvspec
+from allocator_player import Player
 from kvspec import oracle
 from kvspec.conformance import clause
 from kvspec.conformance.swa_allocator import SWAAllocatorConformance
@@ -59,22 +60,8 @@ def make(impl: Any, page_size: int = 4, need_sort: bool = False) -> Any:
     )
 
 
-class Player:
-    """An allocator, the one ticket that its client keeps, and one request that grows."""
-
-    def __init__(self, subject: Any) -> None:
-        self.subject, self.ticket = subject, subject.backup_state()
-        self.seen: list[Any] = []
-        subject.attach(lambda operation: self.seen.append((*operation[:2], operation[2].tolist())))
-        self.row = [-1]
-
-    def play(self, name: str, *given: Any) -> Any:
-        """What a call gave, as values: slots, None, or the text of its refusal."""
-        try:
-            result = (getattr(self, name, None) or getattr(self.subject, name))(*given)
-        except ContractError as error:
-            return str(error)
-        return (result.dtype, result.tolist()) if isinstance(result, torch.Tensor) else result
+class PairPlayer(Player):
+    """One that gives back and moves pairs too."""
 
     def slots(self, pages: Any, which: list[int]) -> list[int]:
         """Slots of some of the pages, each once."""
@@ -96,39 +83,11 @@ class Player:
         count = min(len(targets), len(sources))
         return self.subject.move_swa(targets[:count], sources[:count])
 
-    def alloc(self, pages: int) -> Any:
-        return self.subject.alloc(pages * self.subject.page_size)
-
-    def alloc_extend(self, requests: list[tuple[int, int, int]], tokens: int) -> Any:
-        prefixes, new, last = ([request[i] for request in requests] for i in range(3))
-        lengths = [prefix + more for prefix, more in zip(prefixes, new, strict=True)]
-        return self.subject.alloc_extend(prefixes, lengths, last, sum(new) if tokens else tokens)
-
-    def alloc_decode(self, requests: list[tuple[int, int, int]]) -> Any:
-        return self.subject.alloc_decode([r[1] for r in requests], [r[2] for r in requests])
-
-    def grow(self, tokens: int) -> Any:
-        """Legal as long as the request's last page is held, with its pair."""
-        prefix = len(self.row) - 1
-        slots = self.subject.alloc_extend([prefix], [prefix + tokens], [self.row[-1]], tokens)
-        self.row += [] if slots is None else slots.tolist()
-        return slots
-
-    def backup(self) -> None:
-        self.ticket = self.subject.backup_state()
-
-    def restore(self) -> None:
-        self.subject.restore_state(self.ticket)
-
-    def clear(self) -> None:
-        self.row = [-1]
-        self.subject.clear()
-
 
 @clause("SWA-22", "SWA-18", "SWA-7")
 @given(page_size=st.sampled_from([1, 3, 4]), need_sort=st.booleans(), calls=CALLS)
 def test_oracle_and_core_in_lockstep(page_size: int, need_sort: bool, calls: list[Any]) -> None:
-    one, other = (Player(make(impl, page_size, need_sort)) for impl in (oracle, kvspec))
+    one, other = (PairPlayer(make(impl, page_size, need_sort)) for impl in (oracle, kvspec))
     for call in calls:
         assert one.play(*call) == other.play(*call)
         assert one.subject.view() == other.subject.view()

@@ -6,6 +6,7 @@ With a sliding window the middle comes in chunks, as large as the window pool al
 """
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, cast
@@ -145,7 +146,7 @@ class Use(NamedTuple):
     swa: int
 
 
-class System:
+class System(ABC):
     """Rows, slots and a cache over both; one row, since one request runs at a time."""
 
     allocator: PagedTokenToKVPoolAllocator
@@ -162,9 +163,9 @@ class System:
         memory = {"dtype": torch.bfloat16, "device": "cpu", "kvcache": None, "need_sort": False}
         self._make(impl, setting, {"page_size": setting.block, **memory})
 
+    @abstractmethod
     def _make(self, impl: Implementation, setting: Setting, memory: dict[str, object]) -> None:
         """The allocator and the cache over it."""
-        raise NotImplementedError
 
     def serve(self, tokens: memoryview, matchable: int) -> Outcome:
         """The way of a request (REPLAY-3)."""
@@ -180,9 +181,9 @@ class System:
         self.cache.cache_finished_req(request)
         return Outcome(matched, taken)
 
+    @abstractmethod
     def _compute(self, request: Request, start: int, stop: int) -> Taken:
         """Take and write slots for the positions [start, stop), evicting for them."""
-        raise NotImplementedError
 
     def _extend(self, request: Request, start: int, stop: int, before: Tensor) -> Tensor:
         """Take and write slots for [start, stop), which fit; `before` ends with the one before."""
