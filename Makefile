@@ -58,7 +58,7 @@ sanitize: venv  ## C++ tests and the Python lockstep tests under ASan and UBSan
 	  -C cmake.build-type=RelWithDebInfo -C install.strip=false .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	PYTHONPATH=$(SITE) $(BIN)/pytest --capture=sys -p no:cacheprovider tests/sanitized
+	PYTHONPATH=$(SITE) $(BIN)/pytest -n $(JOBS) --dist worksteal --capture=sys -p no:cacheprovider tests/sanitized
 
 consumer: venv  ## install the C++ package and build a consumer against it
 	cmake -S . -B build/consumer/core -DKVSPEC_CUDA=OFF -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/consumer/prefix
