@@ -213,7 +213,8 @@ class WindowedCache(Protocol):
         """Give back the window slots that a request has left behind (CACHE-19, CACHE-20).
 
         `prelen` tokens are computed. Of the two sizes, in tokens, one is given: that of a sliding
-        window or that of chunked attention. Returns tokens. O(tokens given back).
+        window or that of chunked attention. Returns tokens. O(tokens given back), besides a copy
+        of the row.
         """
 
     def full_evictable_size(self) -> int:
