@@ -13,8 +13,10 @@ __all__ = ["MUTANT", "Conformance", "fuzzing", "short_fuzzing"]
 MUTANT = "mutant"
 """Name of a namespace with a broken class: what it reaches says nothing about an implementation."""
 
+_SHORT_EXAMPLES = 6
+"""What a machine is given for a mutant: most die of a focused test."""
+
 _FUZZING = settings(
-    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -22,23 +24,26 @@ _FUZZING = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-_current = _FUZZING
+_short = False
 
 
-def fuzzing() -> settings:
+def fuzzing(max_examples: int = 60) -> settings:
     """How long the suites' state machines run: deterministic, and shrunk when they fail."""
-    return _current
+    if _short:
+        phases = [Phase.explicit, Phase.generate]
+        return settings(_FUZZING, phases=phases, max_examples=min(max_examples, _SHORT_EXAMPLES))
+    return settings(_FUZZING, max_examples=max_examples)
 
 
 @contextmanager
 def short_fuzzing() -> Iterator[None]:
     """Inside, machines run for less and a failure is reported as it is found: for mutants."""
-    global _current
-    _current = settings(_FUZZING, phases=[Phase.explicit, Phase.generate], max_examples=25)
+    global _short
+    _short = True
     try:
         yield
     finally:
-        _current = _FUZZING
+        _short = False
 
 
 class Conformance:

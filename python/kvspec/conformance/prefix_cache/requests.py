@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvspec.conformance import clause
@@ -52,7 +51,7 @@ class RequestConformance(CacheConformance):
 
     @clause("CACHE-1")
     def test_random_engines_keep_one_owner_for_every_page(self) -> None:
-        run_state_machine_as_test(Engine.of(self), settings=settings(fuzzing(), max_examples=20))
+        run_state_machine_as_test(Engine.of(self), settings=fuzzing(20))
 
     @clause("CACHE-2")
     @sharing

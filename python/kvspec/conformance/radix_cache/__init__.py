@@ -7,7 +7,6 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvspec.conformance import clause
@@ -29,7 +28,7 @@ class RadixCacheConformance(ContentConformance, EvictionConformance):
         *("RADIX-9", "RADIX-11", "RADIX-13", "RADIX-16"),
     )
     def test_random_trees_are_what_the_clauses_say(self) -> None:
-        run_state_machine_as_test(Tree.of(self), settings=settings(fuzzing(), max_examples=15))
+        run_state_machine_as_test(Tree.of(self), settings=fuzzing(15))
 
     @clause("RADIX-14")
     @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvspec.conformance import clause
@@ -35,7 +34,7 @@ class SWARadixCacheConformance(
 
     @clause(*(f"SWARADIX-{n}" for n in (*range(1, 17), 21)))
     def test_random_trees_with_windows_are_what_the_clauses_say(self) -> None:
-        run_state_machine_as_test(Windows.of(self), settings=settings(fuzzing(), max_examples=40))
+        run_state_machine_as_test(Windows.of(self), settings=fuzzing(40))
 
     # Options and reading
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from kvspec.conformance import clause
@@ -34,7 +33,7 @@ class OwnershipConformance(WindowConformance):
 
     @clause("SWARADIX-18")
     def test_random_requests_keep_what_they_have(self) -> None:
-        run_state_machine_as_test(Requests.of(self), settings=settings(fuzzing(), max_examples=40))
+        run_state_machine_as_test(Requests.of(self), settings=fuzzing(40))
 
     @clause("SWARADIX-18")
     @sizes
