@@ -1,6 +1,7 @@
 // What the bindings of all allocators share: attributes, books, tickets, observers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -17,7 +18,14 @@ namespace kvspec::bindings {
 
 namespace nb = nanobind;
 
-// An allocator with the Python objects that it was given.
+// The attributes set on an instance of a class with nb::dynamic_attr(); null without any.
+inline PyObject*& attributes(PyObject* self) {
+  const Py_ssize_t offset = Py_TYPE(self)->tp_dictoffset;
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<std::byte*>(self) + offset);
+}
+
+// An allocator with the Python objects that it was given.  An attribute of an instance stands
+// before the method of that name, which is how `instrument` listens.
 template <class Core>
 struct Bound : Core {
   template <class... Arguments>
@@ -32,9 +40,10 @@ struct Bound : Core {
   nb::object kvcache;
   nb::object observer = nb::none();
 
-  // kvcache and observer may refer back to the allocator.
+  // kvcache, observer and attributes may refer back to the allocator.
   static int traverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(attributes(self));
     if (!nb::inst_ready(self)) return 0;
     const Bound& bound = *nb::inst_ptr<Bound>(self);
     Py_VISIT(bound.dtype.ptr());
@@ -43,6 +52,8 @@ struct Bound : Core {
     return 0;
   }
   static int clear(PyObject* self) {
+    Py_CLEAR(attributes(self));
+    if (!nb::inst_ready(self)) return 0;
     Bound& bound = *nb::inst_ptr<Bound>(self);
     bound.attach(Observer{});
     bound.observer = nb::none();
@@ -100,6 +111,7 @@ void def_allocator(nb::class_<Bound<Core>>& allocator) {
                    [](const Self& self) { return tensor_of(self.release_pages()); },
                    nb::sig("def release_pages(self) -> torch.Tensor"))
       .def("available_size", &Self::available_size)
+      .def("pending_size", &Self::pending_size)
       .def("alloc", [](Self& self, std::int64_t need_size) {
              return optional_tensor(self.alloc(need_size));
            },

@@ -14,7 +14,7 @@ using kvspec::bindings::Bound;
 void bind_page_allocator(nb::module_& m) {
   using Allocator = Bound<kvspec::PagedTokenToKVPoolAllocator>;
   nb::class_<Allocator> allocator(m, "PagedTokenToKVPoolAllocator", "Whole pages. Spec: PAGE.",
-                                  nb::type_slots(Allocator::slots));
+                                  nb::type_slots(Allocator::slots), nb::dynamic_attr());
   allocator.def(
       "__init__",
       [](Allocator* self, std::int64_t size, std::int64_t page_size, nb::object dtype,

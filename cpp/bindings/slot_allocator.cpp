@@ -15,7 +15,7 @@ void bind_slot_allocator(nb::module_& m) {
   using Allocator = Bound<kvspec::TokenToKVPoolAllocator>;
   nb::class_<kvspec::PageBooks::Ticket>(m, "Ticket", "Worth one restore_state.");
   nb::class_<Allocator> allocator(m, "TokenToKVPoolAllocator", "A queue of slots. Spec: SLOT.",
-                                  nb::type_slots(Allocator::slots));
+                                  nb::type_slots(Allocator::slots), nb::dynamic_attr());
   allocator.def(
       "__init__",
       [](Allocator* self, std::int64_t size, nb::object dtype, nb::handle device,

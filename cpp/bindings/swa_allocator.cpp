@@ -50,6 +50,7 @@ void def_reading(nb::class_<Allocator>& allocator) {
       .def_prop_ro("size_swa", &Allocator::size_swa)
       .def("full_available_size", &Allocator::full_available_size)
       .def("swa_available_size", &Allocator::swa_available_size)
+      .def("swa_pending_size", &Allocator::swa_pending_size)
       .def("translate_loc_from_full_to_swa",
            [](const Allocator& self, nb::handle kv_indices) {
              const Integers slots(kv_indices, self.kind().argument);
@@ -70,7 +71,7 @@ void bind_swa_allocator(nb::module_& m) {
   nb::class_<Allocator> allocator(m, "SWATokenToKVPoolAllocator",
                                   "Slots of a full pool, each page with its pair in a window pool."
                                   " Spec: SWA.",
-                                  nb::type_slots(Allocator::slots));
+                                  nb::type_slots(Allocator::slots), nb::dynamic_attr());
   allocator.def(
       "__init__",
       [](Allocator* self, std::int64_t size, std::int64_t size_swa, nb::object dtype,

@@ -88,6 +88,10 @@ class PageBooks {
   std::int64_t available_size() const noexcept {
     return static_cast<std::int64_t>(available_page_count()) * page_size_;
   }
+  // Slots given back in the open group (SLOT-14, PAGE-21).  O(1).
+  std::int64_t pending_size() const noexcept {
+    return static_cast<std::int64_t>(pending_.size()) * page_size_;
+  }
 
   // The slots of whole pages, or nullopt and no change (PAGE-3, PAGE-4; SLOT-2, SLOT-3).  REQUIRES:
   // need_size >= 0, and a multiple of page_size (PAGE-5, SLOT-4).  O(need_size) but for a merge.

@@ -52,6 +52,10 @@ class SWATokenToKVPoolAllocator {
   bool need_sort() const noexcept { return full_.need_sort(); }
   bool group_open() const noexcept { return full_.group_open(); }
 
+  // Slots of each pool given back in the open group (SWA-25).  O(1).
+  std::int64_t pending_size() const noexcept { return full_.pending_size(); }
+  std::int64_t swa_pending_size() const noexcept { return window_.pending_size(); }
+
   // Slots that either pool can hand out now, and the smaller of them (SWA-19).  O(1).
   std::int64_t full_available_size() const noexcept { return full_.available_size(); }
   std::int64_t swa_available_size() const noexcept { return window_.available_size(); }

@@ -271,7 +271,7 @@ class MovesAsFarAsItCan(SWATokenToKVPoolAllocator):
                 super().move_swa([target], [source])
 
 
-@registry.mutant("SWA-14", "SWA-1", "SWA-22", "SWA-17")
+@registry.mutant("SWA-14", "SWA-1", "SWA-22", "SWA-17", "SWA-25")
 class WindowPagesDoNotWait(SWATokenToKVPoolAllocator):
     """Inside a group the window pool has its pages back at once."""
 
@@ -362,6 +362,14 @@ class PromisesTheFullPool(SWATokenToKVPoolAllocator):
     def _take(self, page_count: int) -> list[int] | None:
         enough = page_count * self.page_size <= self.swa_available_size()
         return super()._take(page_count) if enough else None
+
+
+@registry.mutant("SWA-25")
+class CountsTheFullPoolTwice(SWATokenToKVPoolAllocator):
+    """Takes what waits in the full pool for what waits in the window pool."""
+
+    def swa_pending_size(self) -> int:
+        return self.pending_size()
 
 
 @registry.mutant("SWA-20")

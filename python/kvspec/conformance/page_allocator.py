@@ -43,6 +43,7 @@ class PageAllocatorConformance(RequestLaws):
         cost="PAGE-18",
         check="PAGE-19",
         digest="PAGE-20",
+        waiting="PAGE-21",
     )
 
     @clause("PAGE-1", "PAGE-2")

@@ -35,6 +35,7 @@ class SlotAllocatorConformance(AllocatorLaws):
         cost="SLOT-12",
         check="SLOT-13",
         digest="SLOT-13",
+        waiting="SLOT-14",
     )
 
     @clause("SLOT-1")

@@ -98,6 +98,7 @@ class SWAAllocatorConformance(RequestLaws):
         cost="SWA-23",
         check="SWA-24",
         digest="SWA-24",
+        waiting="SWA-25",
     )
 
     def make(
@@ -435,6 +436,24 @@ class SWAAllocatorConformance(RequestLaws):
             assert subject.full_available_size() == full * unit
             assert subject.swa_available_size() == window * unit
             assert subject.available_size() == min(full, window) * unit
+
+    @clause("SWA-25")
+    @UNITS
+    def test_what_is_pending_is_counted_for_each_pool(self, unit: int) -> None:
+        subject = self.make(5, unit, window=4)
+        subject.alloc(4 * unit)
+        subject.free_swa([unit])
+        subject.free_group_begin()
+        for call, full, window in (
+            (partial(subject.free, [unit, 2 * unit]), 2, 1),
+            (partial(subject.free_swa, [3 * unit]), 2, 2),
+            (subject.free_group_end, 0, 0),
+        ):
+            call()
+            assert (subject.pending_size(), subject.swa_pending_size()) == (
+                full * unit,
+                window * unit,
+            )
 
     @clause("SWA-20")
     @UNITS

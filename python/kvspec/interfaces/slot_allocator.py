@@ -68,6 +68,9 @@ class BaseTokenToKVPoolAllocator(Observable, Protocol):
     def available_size(self) -> int:
         """How many slots `alloc` can hand out now. O(1)."""
 
+    def pending_size(self) -> int:
+        """How many slots were given back in the open free group (SLOT-14, PAGE-21). O(1)."""
+
     def alloc(self, need_size: int) -> Tensor | None:
         """Take slots, or None and no change (PAGE-3, PAGE-4, PAGE-5; SLOT-2, SLOT-3, SLOT-4)."""
 

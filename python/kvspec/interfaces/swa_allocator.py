@@ -38,6 +38,9 @@ class SWATokenToKVPoolAllocator(PagedTokenToKVPoolAllocator, Protocol):
     def full_available_size(self) -> int:
         """Slots that are free or released in the full pool (SWA-19). O(1)."""
 
+    def swa_pending_size(self) -> int:
+        """The window pool's share of what the open group holds back (SWA-25). O(1)."""
+
     def swa_available_size(self) -> int:
         """Slots that are free or released in the window pool (SWA-19). O(1)."""
 

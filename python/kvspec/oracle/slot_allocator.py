@@ -122,6 +122,10 @@ class BaseTokenToKVPoolAllocator(Reporter):
         """How many slots `alloc` can hand out now."""
         return (len(self.free_list) + len(self.release)) * self.page_size
 
+    def pending_size(self) -> int:
+        """How many slots wait for the open group's end (SLOT-14, PAGE-21)."""
+        return len(self.pending) * self.page_size
+
     def alloc(self, need_size: int) -> Tensor | None:
         """Slots of whole pages, or None (PAGE-3, PAGE-4, PAGE-5; SLOT-2, SLOT-3, SLOT-4)."""
         self._guard("alloc")

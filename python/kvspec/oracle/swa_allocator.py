@@ -86,6 +86,10 @@ class SWATokenToKVPoolAllocator(_Books):
         """Slots that are free or released in the window pool (SWA-19)."""
         return self.window.available_size()
 
+    def swa_pending_size(self) -> int:
+        """Window slots that wait for the open group's end (SWA-25)."""
+        return self.window.pending_size()
+
     def free(self, free_index: Slots, swa_index: Slots = ()) -> None:
         """Give back pages with their pairs, and pairs alone, or refuse (SWA-8, SWA-9)."""
         self._guard("free")

@@ -74,6 +74,8 @@ class Law(NamedTuple):
     cost: str
     check: str
     digest: str
+    waiting: str
+    """How much `pending_size` says there is."""
     extend: str = ""
     decode: str = ""
     requests: str = ""
@@ -221,6 +223,22 @@ class AllocatorLaws(Conformance):
             plain.free([4 * unit, 3 * unit, unit])
             assert grouped.is_not_in_free_group
             assert grouped.view() == plain.view()
+
+    @clause("waiting")
+    @SORTED
+    def test_pending_size_counts_what_a_group_holds_back(self, need_sort: bool) -> None:
+        for subject, unit in self.each(pages=5, need_sort=need_sort):
+            subject.alloc(5 * unit)
+            subject.free([unit])
+            assert subject.pending_size() == 0
+            subject.free_group_begin()
+            assert subject.pending_size() == 0
+            subject.free([4 * unit, 2 * unit])
+            subject.free([3 * unit])
+            assert subject.pending_size() == 3 * unit
+            assert subject.view().held == {5}
+            subject.free_group_end()
+            assert subject.pending_size() == 0
 
     @clause("pending")
     def test_what_is_pending_is_not_the_callers_tensor(self) -> None:
