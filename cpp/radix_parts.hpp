@@ -9,16 +9,10 @@
 #include <string_view>
 #include <vector>
 
+#include "kvspec/grow.hpp"
 #include "kvspec/radix_node.hpp"
 
 namespace kvspec {
-
-// Room for `extra` more elements, so that adding them cannot throw.  Amortised O(1) each.
-template <class Element>
-void grow(std::vector<Element>& elements, std::size_t extra) {
-  if (elements.capacity() - elements.size() >= extra) return;
-  elements.reserve(std::max(elements.size() + extra, elements.capacity() * 2));
-}
 
 // The pages and tokens of a run in one allocation.  O(tokens).
 inline RadixBuffer make_run(std::span<const PageId> pages, std::span<const Token> tokens) {

@@ -5,6 +5,7 @@
 
 namespace nb = nanobind;
 
+void bind_ownership_ledger(nb::module_& m);
 void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
 void bind_request_pool(nb::module_& m);
@@ -29,4 +30,5 @@ NB_MODULE(_core, m) {
   bind_swa_allocator(m);
   bind_request_pool(m);
   bind_radix_cache(m);
+  bind_ownership_ledger(m);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -125,5 +126,53 @@ inline std::vector<PageId> pages_of_row(std::span<const std::int64_t> row, std::
   }
   return pages;
 }
+
+// Consecutive ascending slots, as many as there are in a row.
+struct SlotRun {
+  std::int64_t start;
+  std::size_t count;
+};
+
+// Walks slots in runs: `while (runs.next()) use(runs.run());`.  O(slots) altogether.
+class SlotRuns {
+ public:
+  explicit SlotRuns(std::span<const std::int64_t> slots) noexcept : left_(slots) {}
+
+  bool next() noexcept {
+    if (left_.empty()) return false;
+    run_ = {left_.front(), 1};
+    // No run goes on beyond the last of 64 bits.
+    const std::uint64_t room = std::uint64_t{std::numeric_limits<std::int64_t>::max()} - first();
+    const std::size_t most = std::min<std::uint64_t>(room, left_.size() - 1) + 1;
+    if (most > 1 && in_place(1)) {
+      run_.count = 2;
+      while (most - run_.count >= kBlock && block_in_place()) run_.count += kBlock;
+      while (run_.count < most && in_place(run_.count)) ++run_.count;
+    }
+    left_ = left_.subspan(run_.count);
+    return true;
+  }
+
+  const SlotRun& run() const noexcept { return run_; }
+
+ private:
+  static constexpr std::size_t kBlock = 14;  // with the two before it a page of 16
+
+  std::uint64_t first() const noexcept { return static_cast<std::uint64_t>(run_.start); }
+  bool in_place(std::size_t index) const noexcept {
+    return static_cast<std::uint64_t>(left_[index]) == first() + index;
+  }
+  // Without a branch in the loop, which the compiler makes vectors of.
+  bool block_in_place() const noexcept {
+    std::uint64_t astray = 0;
+    for (std::size_t index = run_.count; index < run_.count + kBlock; ++index) {
+      astray |= static_cast<std::uint64_t>(left_[index]) ^ (first() + index);
+    }
+    return astray == 0;
+  }
+
+  std::span<const std::int64_t> left_;  // begins with the run while next() looks for its end
+  SlotRun run_{};
+};
 
 }  // namespace kvspec

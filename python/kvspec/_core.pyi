@@ -1,5 +1,7 @@
+from collections.abc import Mapping
 from typing import overload
 
+import kvspec.interfaces.ownership_ledger
 import kvspec.interfaces.slot_allocator
 import torch
 
@@ -39,6 +41,8 @@ class TokenToKVPoolAllocator:
     def release_pages(self) -> torch.Tensor: ...
 
     def available_size(self) -> int: ...
+
+    def pending_size(self) -> int: ...
 
     def alloc(self, need_size: int) -> torch.Tensor | None: ...
 
@@ -96,6 +100,8 @@ class PagedTokenToKVPoolAllocator:
     def release_pages(self) -> torch.Tensor: ...
 
     def available_size(self) -> int: ...
+
+    def pending_size(self) -> int: ...
 
     def alloc(self, need_size: int) -> torch.Tensor | None: ...
 
@@ -160,6 +166,8 @@ class SWATokenToKVPoolAllocator:
 
     def available_size(self) -> int: ...
 
+    def pending_size(self) -> int: ...
+
     def alloc(self, need_size: int) -> torch.Tensor | None: ...
 
     def free_group_begin(self) -> None: ...
@@ -203,6 +211,8 @@ class SWATokenToKVPoolAllocator:
     def full_available_size(self) -> int: ...
 
     def swa_available_size(self) -> int: ...
+
+    def swa_pending_size(self) -> int: ...
 
     def translate_loc_from_full_to_swa(self, kv_indices: object) -> torch.Tensor: ...
 
@@ -433,4 +443,84 @@ class RadixTree:
 def whole_pages(row: object, page_size: int, clause: str) -> torch.Tensor:
     """
     The slots of every page that a row has slots of, each page once, in order.
+    """
+
+class OwnershipLedger:
+    """Who has every page, and since when. Spec: LEDGER."""
+
+    def __init__(self, page_size: int, page_counts: Mapping[str, int], row_count: int, step_count: int = 65536) -> None: ...
+
+    def begin(self, action: int) -> None:
+        """An action begins (LEDGER-14). O(1)."""
+
+    def end(self, by_hand: bool = False) -> list[kvspec.interfaces.ownership_ledger.Fault]:
+        """It has ended: its faults (LEDGER-6, LEDGER-7, LEDGER-12)."""
+
+    def take(self, pool: str, slots: object | None) -> None:
+        """An allocator handed these out (LEDGER-2). O(slots)."""
+
+    def give(self, pool: str, slots: object | None) -> None:
+        """These were given back (LEDGER-3). O(slots)."""
+
+    def adopt_slots(self, slots: object | None) -> None:
+        """The tree has the pages of these slots (LEDGER-5). O(slots)."""
+
+    def copy_begin(self, pool: str, slots: object | None) -> int:
+        """A copy of these is in flight (LEDGER-9). O(slots)."""
+
+    def copy_end(self, copy: int) -> None:
+        """It is done (LEDGER-9). O(pages)."""
+
+    def open_group(self, pool: str) -> None:
+        """What is given back from here on is pending (LEDGER-3). O(1)."""
+
+    def close_group(self, pool: str) -> None:
+        """What is pending is free (LEDGER-8). O(pending pages)."""
+
+    def clear(self, pool: str) -> None:
+        """Everything is free, and no group is open (LEDGER-8). O(pages)."""
+
+    def take_rows(self, rows: object | None) -> None:
+        """These rows are live, and name nothing (LEDGER-11). O(rows named)."""
+
+    def give_rows(self, rows: object | None) -> None:
+        """These rows are free (LEDGER-7, LEDGER-11). O(pages they name)."""
+
+    def clear_rows(self) -> None:
+        """Every row is free (LEDGER-8). O(rows)."""
+
+    def write(self, row: int, start: int, slots: object | None) -> None:
+        """The positions from start on of a row name these (LEDGER-4). O(slots)."""
+
+    def adopt(self, row: int, stop: int) -> None:
+        """
+        The tree has the request's whole pages in [0, stop) of the row (LEDGER-5). O(pages).
+        """
+
+    def owner(self, pool: str, page: int) -> kvspec.interfaces.ownership_ledger.Owner:
+        """Who has a page, or a row of the pool `rows` (LEDGER-1). O(1)."""
+
+    def counts(self, pool: str) -> dict[str, int]:
+        """How many pages each kind of owner has. O(1)."""
+
+    def history(self, pool: str, page: int) -> list[kvspec.interfaces.ownership_ledger.Step]:
+        """What became of a page, the newest first (LEDGER-13). O(steps)."""
+
+    def row_pages(self, row: int) -> list[int]:
+        """
+        The page of each page-sized stretch of a live row, from position 0. O(pages).
+        """
+
+    def view(self) -> kvspec.interfaces.ownership_ledger.LedgerView:
+        """The abstract state. O(pages)."""
+
+    def counters(self) -> dict[str, int]:
+        """Exact costs so far (LEDGER-15)."""
+
+    def check(self) -> None:
+        """Raise ContractError if the books are broken (LEDGER-1). O(pages)."""
+
+def slot_runs(slots: object) -> list[tuple[int, int]]:
+    """
+    Slots as runs [start, stop), in their order, as few as can be. O(slots).
     """

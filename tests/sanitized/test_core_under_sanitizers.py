@@ -12,6 +12,7 @@ import kvspec
 from kvspec import _core
 from kvspec.conformance.chunk_cache import ChunkCacheConformance
 from kvspec.conformance.lockstep.campaign import campaign
+from kvspec.conformance.ownership_ledger import OwnershipLedgerConformance
 from kvspec.conformance.page_allocator import PageAllocatorConformance
 from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.conformance.radix_cache import RadixCacheConformance
@@ -19,6 +20,7 @@ from kvspec.conformance.request_pool import RequestPoolConformance
 from kvspec.conformance.slot_allocator import SlotAllocatorConformance
 from kvspec.conformance.swa_allocator import SWAAllocatorConformance
 from kvspec.conformance.swa_radix_cache import SWARadixCacheConformance
+from test_ownership_ledger import play
 
 
 def test_the_extension_is_the_sanitized_one() -> None:
@@ -38,6 +40,10 @@ class TestSWAAllocator(SWAAllocatorConformance):
 
 
 class TestRequestPool(RequestPoolConformance):
+    impl = kvspec
+
+
+class TestOwnershipLedger(OwnershipLedgerConformance):
     impl = kvspec
 
 
@@ -61,3 +67,9 @@ class TestChunkCache(ChunkCacheConformance):
 def test_lockstep(memory: str, operations: int) -> None:
     found = campaign(range(1000, 1008), operations, memory=memory)
     assert found.failure is None
+
+
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_lockstep_of_the_ledger(page_size: int) -> None:
+    for seed in range(1000, 1004):
+        play(seed, page_size, 300)

@@ -3,6 +3,7 @@
 from kvspec import native, oracle
 from kvspec.interfaces.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.interfaces.memory_checker import CheckMemory
+from kvspec.interfaces.ownership_ledger import OwnershipLedger
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
 from kvspec.interfaces.radix_cache import RadixCache
@@ -35,3 +36,4 @@ chunks: list[type[ChunkCache]] = [native.ChunkCache, oracle.ChunkCache]
 window_chunks: list[type[SWAChunkCache]] = [native.SWAChunkCache, oracle.SWAChunkCache]
 hashes: PageHashes = oracle.page_hashes
 check: CheckMemory = oracle.check_memory
+ledgers: list[type[OwnershipLedger]] = [native.OwnershipLedger, oracle.OwnershipLedger]

@@ -1,6 +1,7 @@
 """The fast implementation: what the extension gives, and the caches over its tree core."""
 
 from kvspec._core import (
+    OwnershipLedger,
     PagedTokenToKVPoolAllocator,
     SWATokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
@@ -13,6 +14,7 @@ from kvspec.native.swa_radix_cache import SWARadixCache
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
     "RadixCacheCpp",

@@ -2,6 +2,7 @@
 
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
@@ -13,6 +14,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
     "RadixKey",
