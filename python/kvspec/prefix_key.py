@@ -34,8 +34,10 @@ __all__ = [
     "RadixKey",
     "key_parts",
     "key_words",
+    "little_endian",
     "namespace_frame",
     "namespace_seed",
+    "next_hashes",
     "page_hashes",
     "unframe_namespace",
 ]
@@ -210,16 +212,26 @@ def page_hashes(token_ids: "Tokens", page_size: int, extra_key: "ExtraKey" = Non
     if page_size < 1:
         raise ContractError(f"KEY-3: page_size {page_size} is not positive")
     tokens, frame = key_parts(token_ids, extra_key)
-    words = key_words(tokens)
-    if sys.byteorder == "big":
-        swapped = array("i", words)
-        swapped.byteswap()
-        words = memoryview(swapped)
-    octets = words.cast("B")
+    return next_hashes(namespace_seed(frame), little_endian(key_words(tokens)), page_size)
+
+
+def next_hashes(before: bytes, octets: "bytes | memoryview", page_size: int) -> list[bytes]:
+    """The digests of the whole pages that follow the page of digest `before`, or a seed (KEY-3).
+
+    `octets` are their tokens as little-endian 32-bit words. O(tokens).
+    """
     step = 4 * page_size
     hashes = []
-    before = namespace_seed(frame)
     for start in range(0, len(octets) - step + 1, step):
         before = hashlib.sha256(before + octets[start : start + step]).digest()
         hashes.append(before)
     return hashes
+
+
+def little_endian(words: memoryview) -> memoryview:
+    """Words of `key_words` as bytes, the least significant first. No copy where they are."""
+    if sys.byteorder == "big":
+        swapped = array("i", words)
+        swapped.byteswap()
+        words = memoryview(swapped)
+    return words.cast("B")
