@@ -1,5 +1,11 @@
 """The one exception a caller's fault raises, and where those go that may not be raised."""
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvspec.memory_checker.report import Report
+
 __all__ = ["ContractError", "MemoryLeakError", "write_unraisable"]
 
 
@@ -13,7 +19,14 @@ class ContractError(ValueError):
 
 
 class MemoryLeakError(ValueError):
-    """`check_memory` found pages or rows without exactly one owner (CHECK-1 to CHECK-7)."""
+    """A check found pages, rows or locks without exactly one owner (CHECK-1 to CHECK-23)."""
+
+    reports: "tuple[Report, ...]"
+    """One for each fault (CHECK-13); none at level `counts`, which knows of no page."""
+
+    def __init__(self, text: str, reports: "Iterable[Report]" = ()) -> None:
+        super().__init__(text)
+        self.reports = tuple(reports)
 
 
 def write_unraisable(error: BaseException) -> None:

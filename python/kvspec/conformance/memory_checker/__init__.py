@@ -4,13 +4,15 @@ import pytest
 
 from kvspec.conformance import clause
 from kvspec.conformance.memory_checker.bench import PAGE, PAGES, Sealed
+from kvspec.conformance.memory_checker.reports import ReportConformance
+from kvspec.conformance.memory_checker.self_test import SelfTestConformance
 from kvspec.conformance.memory_checker.windows import WindowConformance
 from kvspec.errors import MemoryLeakError
 
 __all__ = ["MemoryCheckerConformance"]
 
 
-class MemoryCheckerConformance(WindowConformance):
+class MemoryCheckerConformance(ReportConformance, SelfTestConformance, WindowConformance):
     """`impl` may hold a `check_memory` of its own."""
 
     @clause("CHECK-6")
@@ -67,9 +69,9 @@ class MemoryCheckerConformance(WindowConformance):
         bench.busy()
         bench.allocator.free([4, 12])
         assert bench.faults() == [
-            "CHECK-2: page 1 of token_to_kv_pool_allocator has 2 owners: free; tree",
-            "CHECK-2: page 3 of token_to_kv_pool_allocator has 2 owners:"
-            " free; the request in row 1",
+            "CHECK-15, CHECK-2: page 1 of token_to_kv_pool_allocator has 2 owners: free; tree",
+            "CHECK-16, CHECK-2: page 3 of token_to_kv_pool_allocator has 2 owners:"
+            " free; the request in row 1 (row 1 names it from position 4 on)",
         ]
 
     @clause("CHECK-2")
@@ -80,9 +82,12 @@ class MemoryCheckerConformance(WindowConformance):
         bench.rows.write((other.req_pool_idx, slice(0, 9)), [4, 5, 6, 7, 12, 13, 14, 15, 16])
         bench.allocator.free_group_begin()
         bench.allocator.free([4])
+        owners = (
+            "page 1 of token_to_kv_pool_allocator has 3 owners: pending; tree; the request in row 2"
+        )
         assert bench.faults() == [
-            "CHECK-2: page 1 of token_to_kv_pool_allocator has 3 owners:"
-            " pending; tree; the request in row 2",
+            f"CHECK-15, CHECK-2: {owners}",
+            f"CHECK-16, CHECK-2: {owners} (row 2 names it from position 0 on)",
             "CHECK-2: page 3 of token_to_kv_pool_allocator has 2 owners:"
             " the request in row 1; the request in row 2",
         ]
@@ -95,15 +100,21 @@ class MemoryCheckerConformance(WindowConformance):
         (fault,) = bench.faults()
         assert fault.endswith("has 2 owners: the request in row 0; the request in row 0")
 
-    @clause("CHECK-2")
-    @pytest.mark.parametrize(("slot", "page"), [(PAGES * PAGE + PAGE, PAGES + 1), (1, 0)])
-    def test_a_page_that_is_no_page_of_the_pool_is_a_surplus(self, slot: int, page: int) -> None:
+    @clause("CHECK-2", "CHECK-18")
+    @pytest.mark.parametrize(
+        ("slot", "why"),
+        [
+            (PAGES * PAGE + PAGE, "page 9 of {} is outside the pool, 1 .. 8"),
+            (1, "page 0 of {} is the sink"),
+        ],
+    )
+    def test_a_page_that_is_no_page_of_the_pool_is_a_surplus(self, slot: int, why: str) -> None:
         bench = self.bench()
         req = bench.start([1, 2, 3, 4])
         bench.rows.write((req.req_pool_idx, slice(4, 5)), [slot])
         assert bench.faults() == [
-            f"CHECK-2: page {page} of token_to_kv_pool_allocator has 2 owners:"
-            " nobody, being outside the pool; the request in row 0"
+            f"CHECK-18, CHECK-2: {why.format('token_to_kv_pool_allocator')}, but is in circulation:"
+            " the request in row 0"
         ]
 
     @clause("CHECK-3")
@@ -183,7 +194,8 @@ class MemoryCheckerConformance(WindowConformance):
         bench.rows.write((req.req_pool_idx, slice(0, 2)), [7, 6])
         bench.rows.alloc(1)
         starts = [fault[: fault.index(" of ")] for fault in bench.faults()]
-        assert starts == ["CHECK-2: page 2", "CHECK-1: page 4", "CHECK-3: row 1", "CHECK-4: row 2"]
+        surplus = "CHECK-15, CHECK-2: page 2"
+        assert starts == [surplus, "CHECK-1: page 4", "CHECK-3: row 1", "CHECK-4: row 2"]
 
     @clause("CHECK-8")
     def test_off_looks_at_nothing_and_counts_at_sizes(self) -> None:

@@ -1,16 +1,23 @@
 """Pools, a tree and running requests, in which the suites plant faults."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-import kvspec
 from kvspec.conformance.suite import Conformance
 from kvspec.conformance.watch import watch_function
 from kvspec.errors import MemoryLeakError
+from kvspec.memory_checker import (
+    Report,
+    check_memory,
+    find_faults,
+    get_swa_token_info,
+    report_of,
+)
+from kvspec.memory_checker.self_test import self_test
 from kvspec.replay import Request
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "Sealed",
     "WindowBench",
     "WindowChunkBench",
+    "only",
 ]
 
 PAGE = 4
@@ -30,6 +38,12 @@ PAGES = 8
 WINDOW_PAGES = 6
 WINDOW = 6
 """Tokens: the last two pages of a path."""
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (check_memory, find_faults, get_swa_token_info, report_of, self_test)
+}
 
 
 class Bench:
@@ -83,6 +97,15 @@ class Bench:
         with pytest.raises(MemoryLeakError) as caught:
             self.check("sets", reserved)
         return str(caught.value).splitlines()
+
+    def reports(self, level: str = "sets", reserved: Sequence[int] = ()) -> list[Report]:
+        """What the error has for a program: there must be one."""
+        with pytest.raises(MemoryLeakError) as caught:
+            self.check(level, reserved)
+        reports = caught.value.reports
+        text = "\n".join(map(str, reports))
+        assert str(caught.value) == text, "CHECK-13: the text and the reports differ"
+        return [*reports]
 
     def start(self, tokens: Sequence[int]) -> Request:
         """Admit a request: match, lock, and slots for what is new."""
@@ -145,8 +168,14 @@ class WindowChunkBench(WindowBench):
         self.cache.evict_swa(req, prelen, sliding_window_size=WINDOW)
 
 
+def only(reports: Sequence[Report]) -> Report:
+    """The one that there is."""
+    assert len(reports) == 1, f"not one report, but {[str(report) for report in reports]}"
+    return reports[0]
+
+
 class Doctored:
-    """An allocator whose view is not what it is."""
+    """An allocator or a cache whose view is not what it is."""
 
     def __init__(self, subject: Any, **changes: Any) -> None:
         self._subject, self._changes = subject, changes
@@ -171,6 +200,7 @@ class Sealed:
             "page_size",
             "req_to_token",
             "available_size",
+            "pending_size",
             "evictable_size",
             "protected_size",
             "row_length",
@@ -182,9 +212,9 @@ class CheckerConformance(Conformance):
     """What the suites have: benches of the implementation, and functions that are watched."""
 
     def function(self, name: str) -> Callable[..., Any]:
-        """A function of the room, watched."""
+        """A function of the room, watched; what an implementation has of its own is taken."""
         given = getattr(self.impl, name, None)
-        function = given if inspect.isfunction(given) else getattr(kvspec, name)
+        function = given if inspect.isfunction(given) else FUNCTIONS[name]
         return watch_function(self.impl_name, function, "memory_checker")
 
     def bench(self) -> Bench:

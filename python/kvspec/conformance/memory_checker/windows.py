@@ -95,7 +95,8 @@ class WindowConformance(CheckerConformance):
             "CHECK-9, CHECK-2: page 1 of the window pool of token_to_kv_pool_allocator"
             " has 2 owners: tree with page 1; free with page 7",
             "CHECK-9, CHECK-2: page 2 of the window pool of token_to_kv_pool_allocator"
-            " has 2 owners: tree with page 2; the request in row 1 with page 3",
+            " has 2 owners: tree with page 2; the request in row 1 with page 3"
+            " (row 1 names it from position 4 on)",
             "CHECK-9, CHECK-1: page 3 of the window pool of token_to_kv_pool_allocator"
             " is held and has no owner",
         ]
