@@ -15,11 +15,11 @@ from kvspec.cli import main
 from kvspec.conformance import clause
 from kvspec.conformance.memory_checker import MemoryCheckerConformance
 from kvspec.conformance.memory_checker.bench import PAGE, Sealed
-from kvspec.errors import ContractError
+from kvspec.errors import ContractError, MemoryLeakError
 from kvspec.instrumentation import instrument
 from kvspec.interfaces.memory_checker import HistoryStep
 from kvspec.interfaces.ownership_ledger import Fault, Owner
-from kvspec.memory_checker import counting, raise_faults, report_of
+from kvspec.memory_checker import Report, counting, raise_faults, report_of
 from needs import native
 from peers import sglang
 from sglang_engine import Engine
@@ -298,3 +298,24 @@ class TestCommand:
         assert "missed" in out
         assert "0 of " in out
         assert "reported" in out
+
+
+def test_the_text_of_many_faults_has_the_histories_of_the_first() -> None:
+    steps = (HistoryStep(1, "alloc", "engine.py:1 run", "reserved"),)
+    reports = [
+        Report(
+            kind="leak",
+            clauses=("CHECK-1",),
+            pool="pool",
+            page=page,
+            what=f"page {page}",
+            history=steps,
+        )
+        for page in range(1, 31)
+    ]
+    with pytest.raises(MemoryLeakError) as caught:
+        raise_faults(reports)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 50
+    assert lines[-1] == "CHECK-1: page 30"
+    assert all(report.history == steps for report in caught.value.reports)

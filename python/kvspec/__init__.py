@@ -14,9 +14,12 @@ from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 
 if TYPE_CHECKING:
+    from kvspec.flight_recorder import FlightRecorder, read_log
+    from kvspec.instrumentation import Instrument, instrument
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
+        OwnershipLedger,
         PagedTokenToKVPoolAllocator,
         RadixCache,
         RadixCacheCpp,
@@ -26,13 +29,18 @@ if TYPE_CHECKING:
         SWATokenToKVPoolAllocator,
         TokenToKVPoolAllocator,
     )
+    from kvspec.poison import Poison
 
 __all__ = [
     "ChunkCache",
     "ContractError",
     "DecodeReqToTokenPool",
+    "FlightRecorder",
+    "Instrument",
     "MemoryLeakError",
+    "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
+    "Poison",
     "RadixCache",
     "RadixCacheCpp",
     "RadixKey",
@@ -45,11 +53,23 @@ __all__ = [
     "check_memory",
     "get_swa_token_info",
     "has_native",
+    "instrument",
     "namespace_frame",
     "page_hashes",
+    "read_log",
 ]
 
 __version__ = "0.1.0"
+
+
+_TOOLS = {
+    "FlightRecorder": "flight_recorder",
+    "Instrument": "instrumentation",
+    "Poison": "poison",
+    "instrument": "instrumentation",
+    "read_log": "flight_recorder",
+}
+"""What is in a module that is loaded when it is asked for."""
 
 
 def has_native() -> bool:
@@ -60,6 +80,8 @@ def has_native() -> bool:
 def __getattr__(name: str) -> object:
     if name in ("conformance", "interfaces", "native", "oracle"):
         return import_module(f"kvspec.{name}")
+    if name in _TOOLS:
+        return getattr(import_module(f"kvspec.{_TOOLS[name]}"), name)
     if name not in __all__:
         raise AttributeError(f"module 'kvspec' has no attribute {name!r}")
     if not has_native():

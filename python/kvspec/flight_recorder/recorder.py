@@ -79,7 +79,7 @@ class FlightRecorder:
         number = self._recorded
         if type(event) is Start:
             event = replace(event, n=number, first=number + 1)
-        else:
+        elif event.n != number:
             event = replace(event, n=number)
         if self._named is not None:
             event = _without_tokens_of(event, self._named)
