@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ class LeavesNothingBehind(kvspec.oracle.SWARadixCache):
         return 0
 
 
-@registry.mutant("REPLAY-10", replaces="replay")
+@registry.mutant("REPLAY-10", "REPLAY-16", replaces="replay")
 def serves_as_well_as_it_can(trace: Trace, **options: Any) -> Run:
     try:
         return kvspec.replay.replay(trace, **options)
@@ -145,3 +146,32 @@ def takes_tombstones_for_live(trace: Trace, **options: Any) -> Run:
         return run
     samples = [s._replace(used=s.used._replace(swa=s.used.full)) for s in run.window.samples]
     return run._replace(window=run.window._replace(samples=tuple(samples)))
+
+
+@registry.mutant("REPLAY-13", "REPLAY-15", replaces="replay")
+def makes_room_for_its_own_books(trace: Trace, **options: Any) -> Run:
+    if options.get("check", "counts") != "counts" or options.get("record") is not None:
+        options["capacity"] -= 1
+    return kvspec.replay.replay(trace, **options)
+
+
+@registry.mutant("REPLAY-14", "REPLAY-16", replaces="replay")
+def looks_at_the_end_alone(trace: Trace, **options: Any) -> Run:
+    return kvspec.replay.replay(trace, **{**options, "check": "off"})
+
+
+@registry.mutant("REPLAY-15", replaces="replay")
+def records_the_last_requests_alone(trace: Trace, **options: Any) -> Run:
+    """As a ring would."""
+    if options.get("record") is not None and len(trace.requests) > 2:
+        last = trace._replace(requests=trace.requests[-2:])
+        kvspec.replay.replay(last, **options)
+        options.update(record=None, tokens=False)
+    return kvspec.replay.replay(trace, **options)
+
+
+@registry.mutant("REPLAY-16", replaces="replay")
+def overwrites_the_log(trace: Trace, **options: Any) -> Run:
+    if isinstance(options.get("record"), Path):
+        options["record"].unlink(missing_ok=True)
+    return kvspec.replay.replay(trace, **options)

@@ -21,9 +21,12 @@ import kvspec.replay
 from kvspec.conformance import clause
 from kvspec.conformance.suite import Conformance
 from kvspec.conformance.watch import watch_function
-from kvspec.errors import ContractError
+from kvspec.errors import ContractError, MemoryLeakError
+from kvspec.flight_recorder import FlightRecorder, read_log
+from kvspec.flight_recorder.events import CacheFinishedReq, MatchPrefix, Reset, Start
 from kvspec.interfaces.radix_cache import EvictionPolicy
 from kvspec.replay import LockstepError, Run, Trace, TraceError, TraceRequest
+from kvspec.validate import validate
 
 __all__ = ["ReplayConformance", "busy_requests", "long_requests", "trace_of"]
 
@@ -380,3 +383,119 @@ class ReplayConformance(Conformance):
         other = SimpleNamespace(**{**names, "SWARadixCache": Different, "__name__": "different"})
         with pytest.raises(LockstepError, match=r"REPLAY-7: request 0: swa_evictable_size\(\)"):
             self.function("replay")(trace, impl=self.impl, verify=other, **options)
+
+    @clause("REPLAY-13")
+    @pytest.mark.parametrize(
+        ("check", "recorded", "window"),
+        [
+            ("off", False, None),
+            ("sets", False, None),
+            ("ledger", False, None),
+            ("counts", True, None),
+            ("ledger", True, 9),
+        ],
+    )
+    def test_looking_and_recording_change_no_count(
+        self, check: str, recorded: bool, window: int | None
+    ) -> None:
+        trace = trace_of(*long_requests(10))
+        options: dict[str, Any] = {"capacity": 14, "sliding_window": window}
+        plain = self.replay(trace, **options)
+        with TemporaryDirectory() as folder:
+            record = Path(folder) / "log.ndjson" if recorded else None
+            run = self.replay(trace, check=check, record=record, **options)
+        assert plain.evictions
+        assert run._replace(seconds=0) == plain._replace(seconds=0)
+
+    @clause("REPLAY-14")
+    @pytest.mark.parametrize(
+        ("check", "what"),
+        [
+            ("counts", "request 2: token_to_kv_pool_allocator memory leak detected"),
+            ("sets", "request 2: CHECK-1: page 3 of token_to_kv_pool_allocator"),
+            ("ledger", "request 2: CHECK-1: page 3 of token_to_kv_pool_allocator"),
+        ],
+    )
+    def test_a_fault_names_the_request(self, check: str, what: str) -> None:
+        with pytest.raises(MemoryLeakError, match=re.escape(what)):
+            self.function("replay")(_FOUR, impl=_forgetful(), capacity=4, check=check)
+
+    @clause("REPLAY-14")
+    def test_unchecked_the_fault_is_found_at_the_end(self) -> None:
+        run = self.function("replay")(_FOUR, impl=_forgetful(), capacity=4, check="off")
+        assert run.requests == 4
+        assert run.leaks.startswith("CHECK-1: page 3 of token_to_kv_pool_allocator is held")
+
+    @clause("REPLAY-15")
+    @pytest.mark.parametrize(
+        ("kind", "tokens", "window"), [("ndjson", False, None), ("msgpack", True, 9)]
+    )
+    def test_what_is_recorded_is_a_valid_log_of_all_of_it(
+        self, kind: str, tokens: bool, window: int | None
+    ) -> None:
+        requests = list(long_requests(10))
+        options: dict[str, Any] = {"capacity": 14, "sliding_window": window, "tokens": tokens}
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / f"log.{kind}"
+            run = self.replay(trace_of(*requests), record=path, **options)
+            events = list(read_log(path))
+            assert path.read_bytes().startswith(b"kvspec01") == (kind == "msgpack")
+        assert validate(events).violation is None
+        assert type(events[-1]) is Reset
+        matches = [event for event in events if type(event) is MatchPrefix]
+        finished = [event for event in events if type(event) is CacheFinishedReq]
+        assert len(matches) == len(finished) == len(requests)
+        hit = sum(stop - start for event in matches for start, stop in event.slots)
+        assert hit == 4 * run.hit_blocks
+        assert any(event.key.tokens for event in matches + finished) == tokens
+
+    @clause("REPLAY-15")
+    def test_a_recorder_stays_open(self) -> None:
+        with FlightRecorder() as recorder:
+            self.replay(trace_of(([1, 2], 8)), capacity=2, record=recorder)
+            self.replay(trace_of(([1, 2], 8)), capacity=2, record=recorder)
+            kinds = [type(event) for event in recorder.events()]
+        assert kinds == 2 * kinds[: len(kinds) // 2]
+        assert kinds[0] is Start
+
+    @clause("REPLAY-16")
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"check": "set"}, "REPLAY-16: check is 'set', not one of off, counts, sets, ledger"),
+            ({"tokens": True}, "REPLAY-16: tokens are recorded in a file, and record names none"),
+            ({"record": "taken.ndjson"}, "REC-8"),
+        ],
+    )
+    def test_what_cannot_be_looked_at_is_refused_at_once(
+        self, options: dict[str, Any], reason: str
+    ) -> None:
+        served: list[None] = []
+        with TemporaryDirectory() as folder:
+            taken = Path(folder) / "taken.ndjson"
+            taken.write_text("mine")
+            if "record" in options:
+                options = {"record": taken}
+            with pytest.raises(ContractError, match=reason):
+                self.replay(_FOUR, capacity=4, progress=lambda: served.append(None), **options)
+            assert taken.read_text() == "mine"
+        assert not served
+
+
+_FOUR = trace_of(([1], 4), ([2], 4), ([3], 4), ([4], 4))
+
+
+def _forgetful() -> SimpleNamespace:
+    """The oracle, with a cache that loses the page of the third request."""
+
+    class Forgetful(kvspec.oracle.RadixCache):
+        def cache_finished_req(self, req: Any) -> None:
+            if req.origin_input_ids[0] == 3:
+                rows: Any = self.req_to_token_pool
+                self.dec_lock_ref(req.lock_receipt)
+                rows.free(req.req_pool_idx)
+            else:
+                super().cache_finished_req(req)
+
+    names = {name: getattr(kvspec.oracle, name) for name in kvspec.oracle.__all__}
+    return SimpleNamespace(**{**names, "RadixCache": Forgetful, "__name__": "forgetful"})

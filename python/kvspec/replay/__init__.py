@@ -3,6 +3,7 @@
 trace       files of block ids, and the tokens of a block       REPLAY-1, REPLAY-2
 workload    what is served when there is no trace               REPLAY-8
 system      the pools and the cache, and the way of a request   REPLAY-3, REPLAY-9
+checks      what is looked at meanwhile, and recorded           REPLAY-13 to REPLAY-16
 run         a whole trace, and what is counted                  REPLAY-4 to REPLAY-7, REPLAY-10
 report      the JSON and the table
 plot        hit rate against capacity, and use over the trace

@@ -7,9 +7,12 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from kvspec.errors import ContractError
+from kvspec.interfaces.instrumentation import Level
+from kvspec.replay.checks import Checks, Record, require_checks
 from kvspec.replay.system import (
     FullSystem,
     Implementation,
+    Leaks,
     Outcome,
     Setting,
     System,
@@ -89,7 +92,7 @@ class Run(NamedTuple):
     slots_allocated: int
     tokens_compared: int
     seconds: float
-    """Wall clock of all requests, with the memory check after each; reading the trace is not in."""
+    """Wall clock of all requests, with the check after each; reading the trace is not in."""
     leaked_pages: int
     """Pages that are still held after the cache was reset."""
     leaks: str
@@ -136,33 +139,41 @@ def replay(
     progress: Callable[[], object] | None = None,
     sliding_window: int | None = None,
     swa_ratio: float | None = None,
+    check: Level = "counts",
+    record: Record | None = None,
+    tokens: bool = False,
 ) -> Run:
     """Serve every request of a trace in order, with `capacity` blocks (REPLAY-3 to REPLAY-7).
 
-    `check_memory` looks at the counts after every request and, when the cache has been reset at the
-    end, at the sets. With `verify`, that implementation serves every request too and is compared.
-    `progress` is called after each request. With a `sliding_window` in tokens there is a window
-    pool of `swa_ratio`, 1 by default, times as many blocks (REPLAY-9 to REPLAY-12). O(tokens of the
-    trace), and O(resident tokens) more for each request with `verify`.
+    The memory is looked at as `check` says after every request, and page by page when the cache has
+    been reset at the end; `record` takes what was called, with `tokens` those of each page once
+    (REPLAY-13 to REPLAY-16). With `verify`, that implementation serves every request too and is
+    compared. `progress` is called after each request. With a `sliding_window` in tokens there is a
+    window pool of `swa_ratio`, 1 by default, times as many blocks (REPLAY-9 to REPLAY-12). O(tokens
+    of the trace); for each request O(resident tokens) more with `verify`, O(pool) with `sets`.
     """
+    require_checks(check, record, tokens)
     setting = _setting(trace, capacity, policy, granularity, sliding_window, swa_ratio)
     kind = FullSystem if sliding_window is None else WindowSystem
     system, *others = (kind(each, setting) for each in (impl, verify) if each is not None)
     counts, samples = _Counts(), list[Sample]()
-    for number, request in enumerate(trace.requests):
-        start = time.perf_counter()
-        tokens, matchable = _cut(request, capacity, trace.block, leave_last_token)
-        outcome = system.serve(tokens, matchable)
-        system.check_counts(number)
-        counts = counts.after(request, outcome, time.perf_counter() - start)
-        if isinstance(system, WindowSystem):
-            hit_blocks = outcome.matched.numel() // trace.block
-            samples.append(Sample(len(request.hash_ids), hit_blocks, system.used()))
-        for other in others:
-            _compare(number, (system, other), (outcome, other.serve(tokens, matchable)))
-        if progress is not None:
-            progress()
-    return _run(trace, impl.__name__, setting, system, counts, samples)
+    with Checks(system, check, record, tokens) as checks:
+        for number, request in enumerate(trace.requests):
+            start = time.perf_counter()
+            ids, matchable = _cut(request, capacity, trace.block, leave_last_token)
+            outcome = system.serve(ids, matchable)
+            checks.after(number)
+            counts = counts.after(request, outcome, time.perf_counter() - start)
+            if isinstance(system, WindowSystem):
+                hit_blocks = outcome.matched.numel() // trace.block
+                samples.append(Sample(len(request.hash_ids), hit_blocks, system.used()))
+            for other in others:
+                _compare(number, (system, other), (outcome, other.serve(ids, matchable)))
+            if progress is not None:
+                progress()
+        tokens_compared = system.cache.counters()["tokens_compared"]
+        leaks = checks.leaks()
+    return _run(trace, impl.__name__, setting, counts, samples, tokens_compared, leaks)
 
 
 def _setting(
@@ -220,14 +231,13 @@ def _run(
     trace: Trace,
     impl: str,
     setting: Setting,
-    system: System,
     counts: _Counts,
     samples: list[Sample],
+    tokens_compared: int,
+    leaks: Leaks,
 ) -> Run:
-    """What was counted; the cache is emptied to see what leaks."""
-    tokens_compared = system.cache.counters()["tokens_compared"]
+    """What was counted."""
     window, block = setting.sliding_window, setting.block
-    leaks = system.leaks()
     last = samples[-1].used if samples else Use(0, 0)
     return Run(
         policy=setting.policy,

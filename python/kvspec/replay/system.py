@@ -28,7 +28,7 @@ from kvspec.interfaces.radix_cache import RadixCache
 from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.interfaces.swa_radix_cache import SWARadixCache
-from kvspec.memory_checker import check_memory
+from kvspec.memory_checker import check_memory, counting
 
 __all__ = [
     "FullSystem",
@@ -39,6 +39,7 @@ __all__ = [
     "System",
     "Use",
     "WindowSystem",
+    "after_request",
     "implementation",
 ]
 
@@ -162,6 +163,7 @@ class System(ABC):
         )
         memory = {"dtype": torch.bfloat16, "device": "cpu", "kvcache": None, "need_sort": False}
         self._make(impl, setting, {"page_size": setting.block, **memory})
+        self._count = counting(self.allocator, self.rows, self.cache)
 
     @abstractmethod
     def _make(self, impl: Implementation, setting: Setting, memory: dict[str, object]) -> None:
@@ -204,22 +206,39 @@ class System(ABC):
             "protected_size()": self.cache.protected_size(),
         }
 
-    def check_counts(self, number: int) -> None:
-        """`check_memory` by counts, after request `number`."""
+    def count(self, number: int) -> None:
+        """`check_memory` at level `counts` after request `number`. O(1)."""
         try:
-            check_memory(self.allocator, self.rows, self.cache, level="counts")
+            self._count()
         except MemoryLeakError as error:
-            raise MemoryLeakError(f"request {number}: {error}") from None
+            raise after_request(number, error) from None
 
-    def leaks(self) -> Leaks:
-        """What nobody gave back: the tree is emptied for it. O(pool)."""
-        self.cache.reset()
+    def check(self, number: int) -> None:
+        """The same at level `sets`. O(pool)."""
         try:
             check_memory(self.allocator, self.rows, self.cache, level="sets")
+        except MemoryLeakError as error:
+            raise after_request(number, error) from None
+
+    def leaks(self, check: Callable[[], None] | None = None) -> Leaks:
+        """What nobody gave back: the tree is emptied for it. `check_memory` looks for it, unless
+        something else does. O(pool).
+        """
+        self.cache.reset()
+        try:
+            if check is not None:
+                check()
+            else:
+                check_memory(self.allocator, self.rows, self.cache, level="sets")
         except MemoryLeakError as error:
             books = self.allocator.view()
             return Leaks(len(books.held), len(books.swa.held) if books.swa else 0, str(error))
         return Leaks(0, 0, "")
+
+
+def after_request(number: int, error: MemoryLeakError) -> MemoryLeakError:
+    """The same error, which says after which request (REPLAY-14)."""
+    return MemoryLeakError(f"request {number}: {error}", error.reports)
 
 
 class FullSystem(System):
