@@ -33,11 +33,14 @@ SHARED = {
     "interface": {"__init__"},
     "oracle": {"__init__", "boundary", "digest", "trie"},
     "header": {
-        *("contract", "digest", "slots"),
-        *("page_books", "page_ring", "page_set"),
+        *("contract", "digest", "grow", "slots"),
+        *("page_books", "page_ring", "page_set", "row_names"),
         *("child_table", "node_heap", "radix_node"),
     },
-    "core": {"page_books", "radix_evict", "radix_insert", "radix_view", "radix_window"},
+    "core": {
+        *("page_books", "row_names", "ledger_effects", "ledger_view"),
+        *("radix_evict", "radix_insert", "radix_view", "radix_window"),
+    },
     "binding": {"module"},
     "native": {"__init__"},
     "conformance": {
