@@ -15,7 +15,12 @@ Level: TypeAlias = Literal["off", "counts", "sets", "ledger"]
 
 
 class Instrument(Protocol):
-    """What `kvspec.instrument(cache, allocator, pool, ...)` returns."""
+    """What `kvspec.instrument(cache, allocator, pool, ...)` returns, or refuses (INSTR-5).
+
+    What is called on the three returns and raises what it does without (INSTR-1), and is an event
+    with its call site (INSTR-2, INSTR-3). An object without `view()` is read by its attributes
+    (INSTR-7). Level `off` costs nothing (INSTR-10).
+    """
 
     level: Level
     """What `check` does; may be set between actions (INSTR-6)."""
