@@ -5,7 +5,6 @@ they take turns, and of each request the median over the rounds counts, in time 
 The trace is found as in `bench_replay`.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import pytest
-
 import kvspec
-from bench_replay import CAPACITY, FOLDER
+import needs
+from bench_replay import CAPACITY
 from kvspec.flight_recorder import FlightRecorder
 from kvspec.replay import Run, Trace, read_trace, replay
 from serving import one_thread
@@ -112,11 +110,9 @@ def _ways(folder: Path) -> dict[str, Way]:
     }
 
 
-@pytest.mark.skipif(
-    not (FOLDER / FILE).exists() and "CI" not in os.environ, reason=f"no {FILE} in {FOLDER}"
-)
+@needs.trace(FILE)
 def bench_levels(benchmark: Any, tmp_path: Path) -> None:
-    trace = read_trace(FOLDER / FILE)
+    trace = read_trace(needs.TRACES / FILE)
     if benchmark.disabled:
         trace = trace._replace(requests=trace.requests[:20])
     ways, times = _ways(tmp_path), dict[str, list[list[float]]]()

@@ -6,32 +6,26 @@ of one core with `check_memory` after each request.
 """
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import kvspec
+import needs
 from kvspec.replay import Run, read_trace, replay
 
 FILE = "mooncake_conversation_full.jsonl.gz"
-FOLDER = Path(
-    os.environ.get("KVSPEC_TRACES", Path(__file__).resolve().parents[2] / "shared" / "traces")
-)
 CAPACITY = 10_000
 ROUNDS = 7
 SECONDS = 2.0
 
 
-@pytest.mark.skipif(
-    not (FOLDER / FILE).exists() and "CI" not in os.environ, reason=f"no {FILE} in {FOLDER}"
-)
+@needs.trace(FILE)
 @pytest.mark.clause("REPLAY-5")
 def bench_full_conversation(benchmark: Any) -> None:
-    trace = read_trace(FOLDER / FILE)
-    golden = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
+    trace = read_trace(needs.TRACES / FILE)
+    golden = json.loads((needs.TRACES / "golden.json").read_text(encoding="utf-8"))
     expected = golden[FILE]["hits"]["lru"][str(CAPACITY)]
     runs: list[Run] = []
 

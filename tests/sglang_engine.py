@@ -124,10 +124,10 @@ class Engine:
         return numbers
 
 
-def with_row_views(radix_cache: type) -> type:
+def with_row_views(radix_cache: Any) -> type:
     """What the wrapper of its C++ tree does: the tree keeps the row itself, not a copy of it."""
 
-    class RowViews(radix_cache):  # type: ignore[misc]  # its base is loaded at run time
+    class RowViews(radix_cache):
         row: Tensor | None = None
 
         def cache_finished_req(self, req: Any) -> None:

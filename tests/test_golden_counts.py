@@ -7,7 +7,6 @@ ships none of them.
 import json
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +15,8 @@ import kvspec
 import per_page_simulator
 from kvspec.conformance import clause
 from kvspec.replay import Trace, read_trace, replay
-from needs import native
+from needs import TRACES, native
 
-DEFAULT = Path(__file__).parents[2] / "shared" / "traces"
-FOLDER = Path(os.environ.get("KVSPEC_TRACES", DEFAULT))
 FILES = [
     "mooncake_conversation_first2000.jsonl",
     "mooncake_conversation_full.jsonl.gz",
@@ -31,16 +28,16 @@ POLICIES = ["lru", "lfu", "slru", "fifo"]
 @cache
 def golden() -> dict[str, Any]:
     """golden.json. Without the folder a run under CI fails, and any other is skipped."""
-    if not (FOLDER / "golden.json").exists():
-        reason = f"no golden.json in {FOLDER}; KVSPEC_TRACES says where the traces are"
+    if not (TRACES / "golden.json").exists():
+        reason = f"no golden.json in {TRACES}; KVSPEC_TRACES says where the traces are"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    counts: dict[str, Any] = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
+    counts: dict[str, Any] = json.loads((TRACES / "golden.json").read_text(encoding="utf-8"))
     return counts
 
 
 @cache
 def trace(file: str) -> Trace:
-    return read_trace(FOLDER / file)
+    return read_trace(TRACES / file)
 
 
 @pytest.mark.parametrize("file", FILES)

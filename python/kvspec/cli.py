@@ -28,7 +28,7 @@ from kvspec.interfaces.radix_cache import EvictionGranularity, EvictionPolicy
 
 __all__ = ["app", "main"]
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer has no public name for it
 _PIPED_WIDTH = 120
 _POLICIES: tuple[str, ...] = get_args(EvictionPolicy)
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = None if arguments is None else list(arguments)
         return int(app(args=given, prog_name="kvspec", standalone_mode=False) or 0)
     except _UsageError as error:
-        return _told(getattr(error, "format_message")(), code=2)  # noqa: B009  # it has no type
+        return _told(error.format_message(), code=2)
     except (ContractError, ImportError, OSError) as error:
         return _told(error, code=2)
     except (MemoryLeakError, room.LockstepError) as error:

@@ -55,7 +55,7 @@ class RadixKey:
     extra_key: "ExtraKey" = None
 
     def __len__(self) -> int:
-        return len(self.token_ids)  # type: ignore[arg-type]  # a nested RadixKey has a length too
+        return len(cast("Any", self.token_ids))  # a nested RadixKey has a length too
 
 
 def key_parts(key: "Tokens", extra_key: "ExtraKey" = None) -> "tuple[Tokens, bytes]":
@@ -98,7 +98,7 @@ def key_words(tokens: "Tokens") -> memoryview:
 def _buffer(tokens: "Tokens") -> memoryview | None:
     """The memory of a buffer or of a CPU tensor; None for what has none."""
     try:
-        return memoryview(tokens)  # type: ignore[arg-type]  # trying is how a buffer is found out
+        return memoryview(cast("Any", tokens))  # trying is how a buffer is found out
     except TypeError:
         pass
     if not hasattr(tokens, "numpy"):

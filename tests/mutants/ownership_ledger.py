@@ -1,5 +1,6 @@
 """Broken ledgers: each is deaf to one kind of fault, or believes something else."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import kvspec.oracle
@@ -13,11 +14,12 @@ from kvspec.oracle import OwnershipLedger
 registry = Registry(OwnershipLedgerConformance, kvspec.oracle)
 
 
-class Deaf(OwnershipLedger):
+class Deaf(OwnershipLedger, ABC):
     """Does not hear of some faults. What happened is entered."""
 
+    @abstractmethod
     def _hears(self, fault: Fault) -> bool:
-        raise NotImplementedError
+        """Whether it hears of one."""
 
     def _fault(
         self, kind: FaultKind, pool: str, page: int, owner: Owner, other: Owner, row: int = -1

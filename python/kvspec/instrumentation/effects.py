@@ -586,4 +586,5 @@ def _first_slots(slots: Any, page_size: int) -> Any:
 
 
 def _present(windows: Tensor) -> Tensor:
-    return _here(windows[windows > 0]).to(torch.int64)  # type: ignore[no-any-return]  # a tensor
+    present: Tensor = _here(windows[windows > 0])
+    return present.to(torch.int64)

@@ -394,16 +394,12 @@ class InstrumentConformance(Conformance):
 
     @clause("INSTR-7")
     def test_of_two_pools_each_and_their_pairs(self) -> None:
-        both = StrangersAllocator(4, 1)
-        both.full_attn_allocator, both.swa_attn_allocator = (  # type: ignore[attr-defined]  # duck
-            StrangersAllocator(4, 1),
-            StrangersAllocator(2, 1),
-        )
-        both.full_attn_allocator.alloc(3)  # type: ignore[attr-defined]  # the same
-        both.swa_attn_allocator.alloc(2)  # type: ignore[attr-defined]  # the same
-        both.full_to_swa_index_mapping = torch.tensor(  # type: ignore[attr-defined]  # the same
-            [0, 1, 0, 2, 0, 0]
-        )
+        both: Any = StrangersAllocator(4, 1)
+        both.full_attn_allocator = StrangersAllocator(4, 1)
+        both.swa_attn_allocator = StrangersAllocator(2, 1)
+        both.full_attn_allocator.alloc(3)
+        both.swa_attn_allocator.alloc(2)
+        both.full_to_swa_index_mapping = torch.tensor([0, 1, 0, 2, 0, 0])
         both.free_group_begin()
         both.free([3])
         view = self.view_of("allocator_view")(both)

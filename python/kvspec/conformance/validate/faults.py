@@ -6,6 +6,7 @@ from typing import Any
 import kvspec.oracle
 from kvspec.errors import ContractError
 from kvspec.oracle.boundary import tensor
+from kvspec.oracle.slot_allocator import BaseTokenToKVPoolAllocator
 
 __all__ = [
     "AcceptsWhatIsFree",
@@ -23,12 +24,12 @@ __all__ = [
 ]
 
 
-class _Lenient:
+class _Lenient(BaseTokenToKVPoolAllocator):
     """Takes back what it does not have to give, as an allocator without checks does."""
 
     def free(self, free_index: Any) -> None:
         try:
-            super().free(free_index)  # type: ignore[misc]  # of the allocator it is mixed into
+            super().free(free_index)
         except ContractError:
             return
 
@@ -41,14 +42,12 @@ class AcceptsWhatIsFreeSlots(_Lenient, kvspec.oracle.TokenToKVPoolAllocator):
     """SLOT-5."""
 
 
-class _Generous:
+class _Generous(BaseTokenToKVPoolAllocator):
     """Hands a page out again to whoever asks for two."""
-
-    handed_out: list[int]
 
     def _take(self, page_count: int) -> list[int] | None:
         held = list(self.handed_out)
-        pages: list[int] | None = super()._take(page_count)  # type: ignore[misc]  # as above
+        pages = super()._take(page_count)
         if pages and held and page_count == 2:
             pages[0] = held[-1]
         return pages
