@@ -1,4 +1,4 @@
-// kvspec._core: one bind_<room> per room, and the border that ContractError crosses.
+// kvspec._core: one bind_<room> per room, and the border that exceptions cross.
 #include <nanobind/nanobind.h>
 
 #include "kvspec/contract.hpp"
@@ -12,14 +12,27 @@ void bind_request_pool(nb::module_& m);
 void bind_slot_allocator(nb::module_& m);
 void bind_swa_allocator(nb::module_& m);
 
+namespace {
+
+// Sets the exception of kvspec.errors, which is imported at the first throw: stub generation loads
+// this module outside the package.
+void raise(const char* type, const std::exception& error) {
+  const nb::object raised = nb::module_::import_("kvspec.errors").attr(type);
+  PyErr_SetString(raised.ptr(), error.what());
+}
+
+}  // namespace
+
 NB_MODULE(_core, m) {
-  // Imported at the first throw: stub generation loads this module outside the package.
   nb::register_exception_translator([](const std::exception_ptr& raised, void*) {
     try {
       std::rethrow_exception(raised);
     } catch (const kvspec::ContractError& error) {
-      const nb::object type = nb::module_::import_("kvspec.errors").attr("ContractError");
-      PyErr_SetString(type.ptr(), error.what());
+      raise("ContractError", error);
+    } catch (const kvspec::HostMemoryError& error) {
+      raise("HostMemoryError", error);
+    } catch (const kvspec::PeerDiedError& error) {
+      raise("PeerDiedError", error);
     }
   });
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvspec.conformance import clause_ids
 from kvspec.conformance.suite import MUTANT, Conformance, short_fuzzing
-from kvspec.errors import ContractError
+from kvspec.errors import CLAUSE_ERRORS
 
 __all__ = ["Mutant", "Outcome", "Registry", "assert_killed", "run_suite"]
 
@@ -117,7 +117,7 @@ def assert_killed(registry: Registry, mutant: Mutant) -> None:
             f"{mutant.name} breaks {sorted(declared)}, but {outcome.test}, which decides"
             f" {sorted(outcome.clauses)}, fails too: {outcome.error!r}"
         )
-        assert isinstance(outcome.error, AssertionError | ContractError | pytest.fail.Exception), (
+        assert isinstance(outcome.error, (*CLAUSE_ERRORS, AssertionError, pytest.fail.Exception)), (
             f"{mutant.name}: {outcome.test} fails by accident: {outcome.error!r}"
         )
     others = [outcome for outcome in outcomes if not outcome.clauses & declared]

@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from kvspec.clauses import clauses
-from kvspec.errors import ContractError
+from kvspec.errors import CLAUSE_ERRORS
 
 __all__ = ["reached", "watch", "watch_function"]
 
@@ -67,7 +67,7 @@ class Watched:
             result, error = None, None
             try:
                 result = value(*args, **kwargs)
-            except ContractError as raised:
+            except CLAUSE_ERRORS as raised:
                 error = raised
             seen = _bound(self._interface, name, args, kwargs)
             seen.update(call=name, result=result, error=error)
@@ -87,7 +87,7 @@ def watch(
     seen: dict[str, object] = {**arguments, "call": "__init__", "before": None, "after": None}
     try:
         subject = make(**arguments)
-    except ContractError as error:
+    except CLAUSE_ERRORS as error:
         _count(impl, rooms, seen | {"result": None, "error": error})
         raise
     _count(impl, rooms, seen | {"result": subject, "error": None, "after": subject.view()})
