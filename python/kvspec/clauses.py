@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def rooms() -> dict[str, Any]:
 def _read(room: str) -> Iterator[Clause]:
     text = (spec_folder() / f"{room}.md").read_text(encoding="utf-8")
     heads = list(_HEAD.finditer(text))
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
+    for head, following in zip_longest(heads, heads[1:]):
         body = text[head.end() : following.start() if following else len(text)].split("\n## ")[0]
         when = _WHEN.search(body)
         yield Clause(
