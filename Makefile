@@ -19,7 +19,7 @@ venv: $(VENV)/.installed  ## the set-up alone, into .venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find include cpp python spec -type f -not -name '*.pyc')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt '.[test]'
 	touch $@
 
 java:  ## TLC needs a Java runtime; under CI a missing one is installed or fails
@@ -38,7 +38,7 @@ mutants: venv  ## tests of the tests alone
 	$(BIN)/pytest tests/test_mutants.py
 
 peers: venv  ## other engines' memory layers, for bench/ to compare with
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt sglang
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps -c constraints.txt sglang
 
 OPERATIONS ?= 200000
 SEEDS      ?= 0:40
@@ -49,13 +49,11 @@ lockstep: venv  ## oracle against core, OPERATIONS over SEEDS (first:last), MEMO
 bench: venv peers  ## benchmarks; gates are on counters and on ratios
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only -p no:cacheprovider
 
-sanitize: venv  ## C++ tests and the Python lockstep tests under ASan and UBSan
-	cmake -S . -B build/sanitize/cpp -DKVSPEC_TESTS=ON -DKVSPEC_SANITIZE=ON -DKVSPEC_CUDA=OFF
-	cmake --build build/sanitize/cpp
-	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 ctest --test-dir build/sanitize/cpp --output-on-failure
+sanitize: venv  ## C++ tests and the Python suites of the core, in one build with ASan and UBSan
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(SITE) \
-	  -C build-dir=build/sanitize/cmake -C cmake.define.KVSPEC_SANITIZE=ON \
+	  -C build-dir=build/sanitize/cmake -C cmake.define.KVSPEC_SANITIZE=ON -C cmake.define.KVSPEC_TESTS=ON \
 	  -C cmake.build-type=RelWithDebInfo -C install.strip=false .
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 ctest --test-dir build/sanitize/cmake -j $(JOBS) --output-on-failure
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONPATH=$(SITE) $(BIN)/pytest -n $(JOBS) --dist worksteal --capture=sys -p no:cacheprovider tests/sanitized

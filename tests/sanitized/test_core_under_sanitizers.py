@@ -1,9 +1,11 @@
 """The core's conformance suites and a lockstep run, in a build with ASan and UBSan.
 
 `make sanitize` runs this folder with the sanitized extension first on the path. In an ordinary run
-it is not collected: the same tests run there from where they belong.
+it is not collected: the same tests run there from where they belong. What is random is lockstep's
+here: a suite's machines run as long as they do for a mutant.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,16 @@ from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.conformance.radix_cache import RadixCacheConformance
 from kvspec.conformance.request_pool import RequestPoolConformance
 from kvspec.conformance.slot_allocator import SlotAllocatorConformance
+from kvspec.conformance.suite import short_fuzzing
 from kvspec.conformance.swa_allocator import SWAAllocatorConformance
 from kvspec.conformance.swa_radix_cache import SWARadixCacheConformance
 from test_ownership_ledger import play
+
+
+@pytest.fixture(autouse=True)
+def few_examples() -> Iterator[None]:
+    with short_fuzzing():
+        yield
 
 
 def test_the_extension_is_the_sanitized_one() -> None:
@@ -63,7 +72,7 @@ class TestChunkCache(ChunkCacheConformance):
     impl = kvspec
 
 
-@pytest.mark.parametrize(("memory", "operations"), [("full", 20_000), ("swa", 10_000)])
+@pytest.mark.parametrize(("memory", "operations"), [("full", 40_000), ("swa", 20_000)])
 def test_lockstep(memory: str, operations: int) -> None:
     found = campaign(range(1000, 1008), operations, memory=memory)
     assert found.failure is None
