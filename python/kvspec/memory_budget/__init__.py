@@ -36,10 +36,10 @@ from kvspec.memory_budget.account import (
 from kvspec.memory_budget.kernel import Kernel, Reading
 from kvspec.memory_budget.ledger import (
     KINDS,
-    Entry,
     Kind,
     Ledger,
     Rank,
+    Totals,
     folder_locked,
     ledgers,
     others,
@@ -173,7 +173,7 @@ class MemoryBudget:
         ledger = self._own_ledger()
         with ledger.held(), folder_locked(self._kernel.shm):
             ranks = self._ranks(ledger)
-            uses = [at_most(rank) for rank in ranks]
+            uses = [at_most(rank.totals) for rank in ranks]
             limits = self._limits(ranks, uses, self._readings())
             short = self._short(limits, kind, wanted)
             if short is not None:
@@ -203,7 +203,8 @@ class MemoryBudget:
         """The abstract state. O(reservations of the process)."""
         ledger = self._own_ledger()
         with ledger.held():
-            mine = [(e.kind, e.nbytes, e.mapped) for e in self._mine(ledger.rank().entries)]
+            entries = ledger.rank().entries
+        mine = [(e.kind, e.nbytes, e.mapped) for e in entries if e.budget == self._number]
         return MemoryBudgetView(tuple(sorted(mine)))
 
     def check(self) -> None:
@@ -211,9 +212,11 @@ class MemoryBudget:
         ledger = self._own_ledger()
         with ledger.held():
             rank, written = ledger.rank(), ledger.written()
+            sums = Totals(*map(sum, zip(Totals(), *map(Totals.of, rank.entries), strict=True)))
+            assert rank.totals == sums, f"BUDGET-4: {rank.totals} of entries that make {sums}"
             assert written in (None, rank), f"BUDGET-8: {written} was written, but it has {rank}"
-            held = rank.entries and ledger.alone is None
-            assert bool(held) == (written is not None), f"BUDGET-9: {ledger.name} of {rank.entries}"
+            held = bool(rank.entries) and ledger.alone is None
+            assert held == (written is not None), f"BUDGET-9: {ledger.name} of {rank.entries}"
 
     def _own_ledger(self) -> Ledger:
         """Of this process, and not of the one that it was forked from (BUDGET-12)."""
@@ -253,11 +256,11 @@ class MemoryBudget:
     def _use(self, rank: Rank) -> Use:
         """By its mappings; if it is not seen from here or not ours to see, as if untouched."""
         if not any(entry.mapped for entry in rank.entries):
-            return at_most(rank)
+            return at_most(rank.totals)
         if not rank.own and not self._kernel.is_same(rank.pid, rank.start):
-            return at_most(rank)
+            return at_most(rank.totals)
         areas = self._kernel.areas("self" if rank.own else str(rank.pid))
-        return at_most(rank) if areas is None else exactly(rank, areas)
+        return at_most(rank.totals) if areas is None else exactly(rank, areas)
 
     def _limits(
         self, ranks: Sequence[Rank], uses: Sequence[Use], readings: Sequence[Reading]
@@ -266,13 +269,9 @@ class MemoryBudget:
         found = [limit_of(r, promised(r, pairs), self.headroom_bytes) for r in readings]
         if self.limit_bytes is None:
             return [*found, Limit("user", "limit_bytes", None, None, 0, None)]
-        used = sum(entry.nbytes for entry in self._mine(ranks[0].entries))
+        used = self._own_ledger().held_by(self._number)
         left = max(0, self.limit_bytes - used)
         return [*found, Limit("user", "limit_bytes", self.limit_bytes, used, 0, left)]
-
-    def _mine(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Of the process's reservations those made through this budget (BUDGET-11)."""
-        return [entry for entry in entries if entry.budget == self._number]
 
     def _short(self, limits: Sequence[Limit], kind: Kind, nbytes: int) -> Limit | None:
         """Of the limits that hold for a kind the one that leaves least, if that is too little."""

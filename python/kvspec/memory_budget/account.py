@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from kvspec.memory_budget.kernel import Area, LimitName, Reading
-from kvspec.memory_budget.ledger import KINDS, Entry, Kind, Rank
+from kvspec.memory_budget.ledger import KINDS, Entry, Kind, Rank, Totals
 
 __all__ = [
     "LIMITS_OF",
@@ -81,10 +81,10 @@ class BudgetReport(NamedTuple):
     """Why other processes cannot see what this one reserves; None if they can."""
 
     def __str__(self) -> str:
-        rows = [("limit", "of", "used", "promised", "left", "read from")]
+        rows = [["limit", "of", "used", "promised", "left", "read from"]]
         for each in self.limits:
             numbers = (each.limit, each.used, each.promised, each.left)
-            rows.append((each.name, *map(size, numbers), each.source))
+            rows.append([each.name, *map(size, numbers), each.source])
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:5], widths[1:]), row[5]])
@@ -102,18 +102,10 @@ class BudgetReport(NamedTuple):
         return "\n".join(lines)
 
 
-def at_most(rank: Rank) -> Use:
+def at_most(totals: Totals) -> Use:
     """As if nothing of it had been touched, which costs no look at its memory."""
-    reserved = sum(entry.nbytes for entry in rank.entries)
-    shm = _of_kind(rank.entries, "shm")
-    unmapped = sum(entry.nbytes for entry in rank.entries if not entry.mapped)
-    return Use(
-        reserved,
-        untouched=reserved,
-        untouched_shm=shm,
-        unlocked=_of_kind(rank.entries, "pinned"),
-        uncommitted=unmapped + _of_kind((e for e in rank.entries if e.mapped), "shm"),
-    )
+    reserved, shm, pinned, uncommitted = totals
+    return Use(reserved, reserved, shm, pinned, uncommitted)
 
 
 def exactly(rank: Rank, areas: Iterable[Area]) -> Use:
@@ -134,7 +126,8 @@ def exactly(rank: Rank, areas: Iterable[Area]) -> Use:
         if area.locked:
             locked += sum(nbytes for entry, nbytes in inside if entry.kind == "pinned")
     resident_shm = sum(map(min, files.values()))
-    most = at_most(rank)
+    sums = zip(Totals(), *map(Totals.of, rank.entries), strict=True)
+    most = at_most(Totals(*map(sum, sums)))
     return Use(
         most.reserved,
         most.untouched - min(most.untouched, resident + resident_shm),
@@ -167,10 +160,6 @@ def _shared(
 
 def _address(entry: Entry) -> int:
     return entry.address
-
-
-def _of_kind(entries: Iterable[Entry], kind: Kind) -> int:
-    return sum(entry.nbytes for entry in entries if entry.kind == kind)
 
 
 def promised(reading: Reading, ranks: Iterable[tuple[Rank, Use]]) -> int:

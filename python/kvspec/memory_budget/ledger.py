@@ -2,8 +2,8 @@
 
 A file `kvspec-budget.<pid>.<start time>` has a head and then entries of 32 bytes:
 
-    head    magic (8 bytes), pid, start time, whether the last cgroup is the root of all, and
-            24 numbers of cgroups, 8 bytes each
+    head    magic (8 bytes); pid, start time, whether the last cgroup is the root of all, four sums
+            of the entries (`Totals`), 24 numbers of cgroups, 8 bytes each
     entry   bytes reserved (0: the entry is free), address, bytes mapped, 8 bytes each; kind (2),
             nothing (2), number of the budget (4)
 
@@ -18,15 +18,28 @@ import os
 import stat
 import struct
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Self, TypeAlias, get_args
 from weakref import WeakValueDictionary
 
 from kvspec.memory_budget.kernel import Cgroups
 
-__all__ = ["KINDS", "PREFIX", "Entry", "Kind", "Ledger", "Rank", "folder_locked", "others"]
+__all__ = [
+    "KINDS",
+    "PREFIX",
+    "Entry",
+    "Kind",
+    "Ledger",
+    "Rank",
+    "Totals",
+    "folder_locked",
+    "ledgers",
+    "others",
+]
 
 Kind: TypeAlias = Literal["torch", "heap", "mmap", "shm", "pinned"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -34,9 +47,10 @@ PREFIX = "kvspec-budget."
 
 _MAGIC = b"KVBUDG01"
 _CGROUPS = 24
-_HEAD = struct.Struct(f"<8s3Q{_CGROUPS}Q")
+_HEAD = struct.Struct(f"<8s3Q4Q{_CGROUPS}Q")
+_TOTALS = struct.Struct("<4Q")
+_TOTALS_AT = 32
 _ENTRY = struct.Struct("<QQQHHI")
-_MAPPED = struct.Struct("<QQ")
 
 
 class Entry(NamedTuple):
@@ -51,15 +65,47 @@ class Entry(NamedTuple):
     """Which of the process's budgets it was made through."""
 
 
-class Rank(NamedTuple):
+class Totals(NamedTuple):
+    """Sums of a process's entries, in bytes, which it keeps so that nobody has to add them up."""
+
+    reserved: int = 0
+    shm: int = 0
+    """Of kind shm."""
+    pinned: int = 0
+    """Of kind pinned."""
+    uncommitted: int = 0
+    """Not mapped, or of kind shm, which the kernel commits page by page."""
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        """What an entry adds."""
+        n = entry.nbytes
+        by_page = entry.kind == "shm" or not entry.mapped
+        return cls(n, n * (entry.kind == "shm"), n * (entry.kind == "pinned"), n * by_page)
+
+
+@dataclass(frozen=True)
+class Rank:
     """A live process and what it has reserved."""
 
     pid: int
     start: int
     cgroups: tuple[int, ...]
     whole: bool
-    entries: tuple[Entry, ...]
+    totals: Totals
+    image: bytes
+    """Of its entries."""
     own: bool = False
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """O(them)."""
+        rows = _ENTRY.iter_unpack(self.image[: len(self.image) // _ENTRY.size * _ENTRY.size])
+        return tuple(
+            Entry(nbytes, address, mapped, KINDS[kind], budget)
+            for nbytes, address, mapped, kind, _, budget in rows
+            if nbytes and kind < len(KINDS)
+        )
 
     def may_be_in(self, cgroup: int) -> bool:
         """Whether it counts in a cgroup: yes, unless it is known to be in others only."""
@@ -127,15 +173,9 @@ def _is_free(descriptor: int) -> bool:
 def _parsed(image: bytes | bytearray, own: bool = False) -> Rank | None:
     if len(image) < _HEAD.size or image[: len(_MAGIC)] != _MAGIC:
         return None
-    _, pid, start, whole, *cgroups = _HEAD.unpack_from(image)
-    body = memoryview(image)[_HEAD.size :]
-    rows = _ENTRY.iter_unpack(body[: len(body) // _ENTRY.size * _ENTRY.size])
-    entries = tuple(
-        Entry(nbytes, address, mapped, KINDS[kind], budget)
-        for nbytes, address, mapped, kind, _, budget in rows
-        if nbytes and kind < len(KINDS)
-    )
-    return Rank(pid, start, tuple(filter(None, cgroups)), bool(whole), entries, own)
+    _, pid, start, whole, *rest = _HEAD.unpack_from(image)
+    totals, cgroups = Totals(*rest[:4]), tuple(filter(None, rest[4:]))
+    return Rank(pid, start, cgroups, bool(whole), totals, bytes(image[_HEAD.size :]), own)
 
 
 class Ledger:
@@ -154,12 +194,14 @@ class Ledger:
         numbers = cgroups.numbers[:_CGROUPS]
         whole = cgroups.whole and len(numbers) == len(cgroups.numbers) and all(numbers)
         padded = (*numbers, *[0] * (_CGROUPS - len(numbers)))
-        self._image = bytearray(_HEAD.pack(_MAGIC, pid, start, whole, *padded))
+        self._image = bytearray(_HEAD.pack(_MAGIC, pid, start, whole, *Totals(), *padded))
+        self._totals = Totals()
+        self._of_budget: Counter[int] = Counter()
         self._free: list[int] = []
         self._used = 0
         self._file: int | None = None
         self._lock = threading.Lock()
-        self._said: deque[tuple[int, int, int] | int] = deque()
+        self._said: deque[tuple[int, tuple[int, int]] | int] = deque()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -174,6 +216,10 @@ class Ledger:
         rank = _parsed(self._image, own=True)
         assert rank is not None
         return rank
+
+    def held_by(self, budget: int) -> int:
+        """Bytes that were reserved through a budget. Inside `held`."""
+        return self._of_budget[budget]
 
     def file_name(self) -> str | None:
         """Of its file, while it has one."""
@@ -196,18 +242,16 @@ class Ledger:
             self._free.append(len(self._image))
             self._image += bytes(_ENTRY.size)
         place = self._free.pop()
-        _ENTRY.pack_into(self._image, place, nbytes, 0, 0, KINDS.index(kind), 0, budget)
+        self._put(place, Entry(nbytes, 0, 0, kind, budget))
         self._used += 1
         if self._file is None:
             self._create()
-        else:
-            self._write(place, place + _ENTRY.size)
         return place
 
     def mapped(self, place: int, address: int, nbytes: int) -> None:
         """Note where a reservation lies. Never waits."""
         if place:
-            self._said.append((place, address, nbytes))
+            self._said.append((place, (address, nbytes)))
         self._catch_up()
 
     def dropped(self, place: int) -> None:
@@ -228,18 +272,32 @@ class Ledger:
             said = self._said.popleft()
             if self.disowned:
                 continue
-            if isinstance(said, tuple):
-                place, address, nbytes = said
-                _MAPPED.pack_into(self._image, place + 8, address, nbytes)
-                self._write(place + 8, place + 24)
+            place, lies = said if isinstance(said, tuple) else (said, None)
+            entry = self._at(place)
+            if lies is not None:
+                self._put(place, entry._replace(address=lies[0], mapped=lies[1]))
                 continue
-            self._image[said : said + 8] = bytes(8)  # one word: a reader sees all of it or nothing
-            self._free.append(said)
+            self._put(place, entry._replace(nbytes=0))
+            self._free.append(place)
             self._used -= 1
-            if self._used:
-                self._write(said, said + 8)
-            else:
+            if not self._used:
                 self.remove()
+
+    def _at(self, place: int) -> Entry:
+        nbytes, address, mapped, kind, _, budget = _ENTRY.unpack_from(self._image, place)
+        return Entry(nbytes, address, mapped, KINDS[kind], budget)
+
+    def _put(self, place: int, entry: Entry) -> None:
+        """Write an entry and the sums. Of either a reader may see the old or the new."""
+        old, new = Totals.of(self._at(place)), Totals.of(entry)
+        self._totals = Totals(*(t - o + n for t, o, n in zip(self._totals, old, new, strict=True)))
+        self._of_budget[entry.budget] += new.reserved - old.reserved
+        nbytes, address, mapped, kind, budget = entry
+        row = nbytes, address, mapped, KINDS.index(kind), 0, budget
+        _ENTRY.pack_into(self._image, place, *row)
+        _TOTALS.pack_into(self._image, _TOTALS_AT, *self._totals)
+        self._write(place, place + _ENTRY.size)
+        self._write(_TOTALS_AT, _TOTALS_AT + _TOTALS.size)
 
     def _create(self) -> None:
         """A name that is taken by a live process of another namespace gets a number."""
@@ -249,17 +307,17 @@ class Ledger:
             self.name = f"{base}.{number}" if number else base
             try:
                 self._file = os.open(f"{self.folder}/{self.name}", flags, 0o644)
-                break
-            except FileExistsError:
+            except FileExistsError as error:
+                self.alone = f"{self.folder}: {error.strerror}"
                 continue
             except OSError as error:
                 self.alone = f"{self.folder}: {error.strerror}"
                 return
-        if self._file is not None:
-            self.alone = None
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(self._file, 0o644)
+            os.fchmod(self._file, 0o644)  # whatever the mask: other users count it too
+            self.alone = None
             self._write(0, len(self._image))
+            return
 
     def _write(self, begin: int, end: int) -> None:
         if self._file is None:
