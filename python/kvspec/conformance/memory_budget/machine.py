@@ -12,7 +12,6 @@ from typing import Any, Self
 __all__ = ["GIB", "MIB", "Machine", "SimulatedRank", "area", "forked", "wait_for"]
 
 MIB, GIB = 1 << 20, 1 << 30
-_PIDS = range(101, 110)
 
 
 def area(
@@ -38,6 +37,7 @@ class Machine:
         self.shm, self.cgroup, self.proc = (self.root / n for n in ("shm", "cgroup", "proc"))
         for folder in (self.shm, self.cgroup, self.proc):
             folder.mkdir()
+        self._views: dict[int, Path] = {}
         self.total = self.available = total
         self.cgroup_max, self.cgroup_used = cgroup_max, 0
         self.show()
@@ -78,8 +78,9 @@ class Machine:
         self.write(f"proc/{pid}/cgroup", cgroup)
         view = self.root / f"proc-{pid}"
         view.mkdir()
-        for other in _PIDS:
-            (view / str(other)).symlink_to(self.proc / str(other))
+        self._views[pid] = view
+        for one, other in {(pid, each) for each in self._views} | {(n, pid) for n in self._views}:
+            (self._views[one] / str(other)).symlink_to(self.proc / str(other))
         (view / "self").symlink_to(self.proc / str(pid))
         for name in ("meminfo", "sys"):
             (view / name).symlink_to(self.proc / name)
