@@ -11,7 +11,7 @@ from kvspec.conformance.mutants import Registry
 from kvspec.errors import HostMemoryError
 from kvspec.memory_budget import BudgetReport, Limit, MemoryBudget, Reservation
 from kvspec.memory_budget.account import Use, at_most, exactly
-from kvspec.memory_budget.kernel import Cgroups, Kernel, Reading
+from kvspec.memory_budget.kernel import Area, Cgroups, Kernel, Reading
 from kvspec.memory_budget.ledger import KINDS, PREFIX, Kind, Ledger, Rank, parsed
 
 registry = Registry(MemoryBudgetConformance, kvspec.oracle)
@@ -52,8 +52,9 @@ class _CapabilitiesAnywhere(Kernel):
         return True
 
 
-@registry.mutant("BUDGET-1", "BUDGET-2", "BUDGET-3", "BUDGET-5", "BUDGET-6", "BUDGET-15",
-                 reports=("SG-20136",))  # fmt: skip
+@registry.mutant(
+    "BUDGET-1", "BUDGET-2", "BUDGET-3", "BUDGET-5", "BUDGET-6", "BUDGET-15", reports=("SG-20136",)
+)
 class SeesTheHostAlone(MemoryBudget):
     """As what asks for the machine's free memory inside a container."""
 
@@ -62,7 +63,7 @@ class SeesTheHostAlone(MemoryBudget):
         _with(_NoCgroup, self)
 
 
-@registry.mutant("BUDGET-1", "BUDGET-3")
+@registry.mutant("BUDGET-1", "BUDGET-3", "BUDGET-14", "BUDGET-15")
 class SeesItsOwnCgroupAlone(MemoryBudget):
     """The limit stands at the pod, and the container's own says max."""
 
@@ -96,7 +97,17 @@ class TakesSharedMemoryForPageCache(MemoryBudget):
         _with(_SharedMemoryIsCache, self)
 
 
-@registry.mutant("BUDGET-3", "BUDGET-11", "BUDGET-13", reports=("SG-20136",))
+@registry.mutant(
+    "BUDGET-3",
+    "BUDGET-5",
+    "BUDGET-6",
+    "BUDGET-7",
+    "BUDGET-8",
+    "BUDGET-11",
+    "BUDGET-13",
+    "BUDGET-14",
+    reports=("SG-20136",),
+)
 class GrantsWhatDoesNotFit(MemoryBudget):
     """It finds out when a page is touched, and is killed."""
 
@@ -105,7 +116,7 @@ class GrantsWhatDoesNotFit(MemoryBudget):
         return None
 
 
-@registry.mutant("BUDGET-3", "BUDGET-9", "BUDGET-11", "BUDGET-13")
+@registry.mutant("BUDGET-3", "BUDGET-5", "BUDGET-6", "BUDGET-7", "BUDGET-11", "BUDGET-13")
 class RecordsBeforeItChecks(MemoryBudget):
     """What was refused stays on the books."""
 
@@ -119,14 +130,24 @@ class RecordsBeforeItChecks(MemoryBudget):
             raise
 
 
-@registry.mutant("BUDGET-4", "BUDGET-3", "BUDGET-9", "BUDGET-11")
+@registry.mutant(
+    "BUDGET-4", "BUDGET-2", "BUDGET-5", "BUDGET-6", "BUDGET-7", "BUDGET-9", "BUDGET-11", "BUDGET-12"
+)
 class KeepsAByteBack(MemoryBudget):
     def _short(self, limits: Sequence[Limit], kind: Kind, nbytes: int) -> Limit | None:
         return super()._short(limits, kind, nbytes + 1)
 
 
-@registry.mutant("BUDGET-5", "BUDGET-7", "BUDGET-8", "BUDGET-6", "BUDGET-12", "BUDGET-14",
-                 "BUDGET-15", reports=("SG-20136", "SG-38156"))  # fmt: skip
+@registry.mutant(
+    "BUDGET-5",
+    "BUDGET-7",
+    "BUDGET-8",
+    "BUDGET-6",
+    "BUDGET-12",
+    "BUDGET-14",
+    "BUDGET-15",
+    reports=("SG-20136", "SG-38156"),
+)
 class SumsItsOwnRankAlone(MemoryBudget):
     """Each of eight workers finds the memory free that all of them are about to touch."""
 
@@ -134,7 +155,9 @@ class SumsItsOwnRankAlone(MemoryBudget):
         return super()._ranks(ledger)[:1]
 
 
-@registry.mutant("BUDGET-5", "BUDGET-3", "BUDGET-4", "BUDGET-13")
+@registry.mutant(
+    "BUDGET-5", "BUDGET-4", "BUDGET-6", "BUDGET-9", "BUDGET-11", "BUDGET-13", "BUDGET-14"
+)
 class ForgetsWhatItReservedItself(MemoryBudget):
     """Until it is touched."""
 
@@ -144,7 +167,7 @@ class ForgetsWhatItReservedItself(MemoryBudget):
         return super()._limits(ranks, [Use(0, 0, 0, 0, 0), *uses[1:]], readings)
 
 
-@registry.mutant("BUDGET-6", "BUDGET-5", reports=("SG-38156",))
+@registry.mutant("BUDGET-6", "BUDGET-14", reports=("SG-38156",))
 class SubtractsWhatIsTouchedTwice(MemoryBudget):
     """A rank that starts late finds neither the memory nor what its peers have reserved of it."""
 
@@ -152,7 +175,7 @@ class SubtractsWhatIsTouchedTwice(MemoryBudget):
         return at_most(rank.totals)
 
 
-@registry.mutant("BUDGET-6", "BUDGET-5")
+@registry.mutant("BUDGET-6", "BUDGET-14")
 class TakesANeighboursPagesForItsOwn(MemoryBudget):
     def _use(self, rank: Rank) -> Use:
         areas = self._kernel.areas("self" if rank.own else str(rank.pid)) or []
@@ -162,16 +185,20 @@ class TakesANeighboursPagesForItsOwn(MemoryBudget):
         return use._replace(untouched=max(0, min(use.untouched, use.reserved - touched)))
 
 
+class _AFileForEachMapping(Kernel):
+    def areas(self, who: str) -> list[Area] | None:
+        found = enumerate(super().areas(who) or [], 1)
+        return [area._replace(file=number) if area.file else area for number, area in found]
+
+
 @registry.mutant("BUDGET-6")
 class AddsUpAFileForEachOfItsMappings(MemoryBudget):
-    def _use(self, rank: Rank) -> Use:
-        areas = self._kernel.areas("self" if rank.own else str(rank.pid)) or []
-        pieces = [area._replace(file=number + 1) if area.file else area
-                  for number, area in enumerate(areas)]  # fmt: skip
-        return exactly(rank, pieces)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        _with(_AFileForEachMapping, self)
 
 
-@registry.mutant("BUDGET-7", "BUDGET-12")
+@registry.mutant("BUDGET-7", "BUDGET-12", "BUDGET-14")
 class CountsTheDead(MemoryBudget):
     """A killed rank keeps its share for ever."""
 
@@ -197,7 +224,7 @@ class _ReleasedEachTime(Reservation):
         self._ledger.dropped(self._place)
 
 
-@registry.mutant("BUDGET-9", "BUDGET-3", "BUDGET-4", "BUDGET-10", "BUDGET-12")
+@registry.mutant("BUDGET-9", "BUDGET-10")
 class ReleasesASecondTime(MemoryBudget):
     """What somebody else has in its place since is gone."""
 
@@ -219,12 +246,6 @@ class KeepsWhatIsCollected(MemoryBudget):
 class TakesWhatIsNoKind(MemoryBudget):
     def reserve(self, kind: Kind, nbytes: Any, label: str = "arena") -> Reservation:
         return super().reserve(kind if kind in KINDS else "heap", nbytes, label)
-
-
-@registry.mutant("BUDGET-10")
-class RoundsANumberOfBytes(MemoryBudget):
-    def reserve(self, kind: Kind, nbytes: Any, label: str = "arena") -> Reservation:
-        return super().reserve(kind, max(0, int(nbytes)), label)
 
 
 @registry.mutant("BUDGET-11", "BUDGET-3", reports=("SG-30581",))

@@ -27,7 +27,7 @@ from kvspec.errors import HostMemoryError
 
 __all__ = ["RanksConformance"]
 
-SHARE = 8 * GIB
+SHARE = 16 * GIB
 Say = Callable[[object], None]
 
 
@@ -101,11 +101,11 @@ class RanksConformance(BudgetSuite):
             assert sorted(told) == expected
 
     @clause("BUDGET-6")
-    @pytest.mark.parametrize("granted_first", [0, 1, 4, 7])
+    @pytest.mark.parametrize("granted_first", [1, 3])
     def test_late_ranks_get_the_share_that_early_ones_got(self, granted_first: int) -> None:
-        """Eight ranks want a tenth each of what there was; some have touched theirs already."""
+        """Four ranks want a fifth each of what there was; some have touched theirs already."""
         with Machine(80 * GIB) as machine:
-            ranks = [self.rank(machine, 101 + number) for number in range(8)]
+            ranks = [self.rank(machine, 101 + number) for number in range(4)]
             for number, rank in enumerate(ranks):
                 rank.reserve(SHARE)
                 rank.map(0)
@@ -139,7 +139,7 @@ class RanksConformance(BudgetSuite):
                     late.reserve(72 * GIB - reserved + 1)
                 late.reserve(72 * GIB - reserved)
 
-        moves = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 8192)), max_size=48)
+        moves = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8192)), max_size=24)
         fuzzing(40)(given(st.sampled_from([0, 1]), moves)(play))()
 
     @clause("BUDGET-6")
@@ -270,7 +270,7 @@ class RanksConformance(BudgetSuite):
     def test_of_many_that_ask_at_once_those_get_it_that_fit(self) -> None:
         with Machine(64 * GIB) as machine:
             files = machine.files()
-            views = [machine.process(102 + number) for number in range(6)]
+            views = [machine.process(102 + number) for number in range(4)]
             waiting, begin = os.pipe()
 
             def child(say: Say, number: int) -> None:
@@ -286,14 +286,14 @@ class RanksConformance(BudgetSuite):
                     signal.pause()
                     del held
 
-            processes = [forked(lambda say, n=number: child(say, n)) for number in range(6)]
+            processes = [forked(lambda say, n=number: child(say, n)) for number in range(4)]
             os.close(waiting)
             os.close(begin)
             answers = sorted(said.readline().strip() for _, said in processes)
             for process in processes:
                 os.kill(process[0], signal.SIGKILL)
                 wait_for(process)
-            assert answers == 3 * ["granted"] + 3 * ["refused"]
+            assert answers == 3 * ["granted"] + ["refused"]
 
     @clause("BUDGET-12")
     def test_a_forked_process_has_nothing_and_leaves_its_parents(self) -> None:
@@ -353,17 +353,17 @@ class RanksConformance(BudgetSuite):
     @clause("BUDGET-14")
     def test_it_reads_one_file_for_each_rank(self) -> None:
         with Machine(64 * GIB) as machine:
-            ranks = [self.rank(machine, 101 + number) for number in range(5)]
+            ranks = [self.rank(machine, 101 + number) for number in range(4)]
             counts = []
             for rank in ranks:
                 before = rank.budget.files_read
                 rank.reserve(4096)
                 counts.append(rank.budget.files_read - before)
-                for _ in range(20):
+                for _ in range(5):
                     rank.reserve(4096)
             first = ranks[0].budget.files_read
             ranks[0].reserve(4096)
-            plain = ranks[0].budget.files_read - first - 4  # without its four peers
+            plain = ranks[0].budget.files_read - first - 3  # without its peers
             for rank in ranks:
                 for number in range(len(rank.held)):
                     rank.map(number)
@@ -371,5 +371,5 @@ class RanksConformance(BudgetSuite):
             with pytest.raises(HostMemoryError):
                 ranks[0].reserve(64 * GIB)
             # the limits three times; of peers ledger, stat and smaps; of itself smaps
-            assert ranks[0].budget.files_read - first == 3 * plain + 4 * 3 + 1
-            assert [count - counts[0] for count in counts] == [0, 1, 2, 3, 4]
+            assert ranks[0].budget.files_read - first == 3 * plain + 3 * 3 + 1
+            assert [count - counts[0] for count in counts] == [0, 1, 2, 3]

@@ -192,7 +192,7 @@ class ReservingConformance(BudgetSuite):
         with Machine(64 * GIB) as machine:
             budget = self.make(**machine.files())
             held: list[Any] = []
-            for _ in range(400):
+            for _ in range(120):
                 if held and chance.random() < 0.4:
                     held.pop(chance.randrange(len(held))).release()
                 else:
@@ -208,17 +208,19 @@ class ReservingConformance(BudgetSuite):
             assert machine.ledgers() == []
 
     @clause("BUDGET-10")
-    @pytest.mark.parametrize(
-        ("kind", "nbytes"),
-        [("gpu", 1), ("", 1), (3, 1), ("heap", -1), ("heap", 1.5), ("heap", 1 << 64)],
-    )
-    def test_what_is_no_kind_and_no_number_is_refused(self, kind: Any, nbytes: Any) -> None:
+    def test_what_is_no_kind_and_no_number_is_refused(self) -> None:
+        wrong: list[tuple[Any, Any]] = [
+            *(("gpu", 1), ("", 1), (3, 1)),
+            *(("heap", -1), ("heap", 1.5), ("heap", 1 << 64), ("heap", "1")),
+        ]
         with Machine() as machine:
             budget = self.make(**machine.files())
-            with budget.reserve("heap", 5):
+            held = budget.reserve("heap", 5)
+            for kind, nbytes in wrong:
                 with pytest.raises(ContractError, match=r"^BUDGET-10: "):
                     budget.reserve(kind, nbytes)
-                assert budget.view().reserved == (("heap", 5, 0),)
+            assert budget.view().reserved == (("heap", 5, 0),)
+            held.release()
 
     @clause("BUDGET-10")
     def test_a_budget_of_no_number_is_refused(self) -> None:
@@ -287,7 +289,7 @@ class ReservingConformance(BudgetSuite):
             assert budget.report().alone is None
 
     @clause("BUDGET-14")
-    @pytest.mark.parametrize("count", [1, 10, 100])
+    @pytest.mark.parametrize("count", [1, 30])
     def test_it_reads_as_many_files_however_many_reservations_there_are(self, count: int) -> None:
         with Machine(64 * GIB, cgroup_max=64 * GIB) as machine:
             budget = self.make(**machine.files())
