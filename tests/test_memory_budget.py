@@ -20,7 +20,7 @@ import kvspec
 import kvspec.oracle
 from kvspec.conformance import clause
 from kvspec.conformance.memory_budget import MemoryBudgetConformance
-from kvspec.conformance.memory_budget.machine import GIB, MIB, Machine, forked, wait_for
+from kvspec.conformance.memory_budget.machine import GIB, MIB, Forked, Machine
 from kvspec.errors import HostMemoryError
 from kvspec.memory_budget import MemoryBudget
 
@@ -45,17 +45,10 @@ class RealProcesses(Machine):
     def budget(self, **more: Any) -> MemoryBudget:
         return MemoryBudget(proc=self.proc, cgroup=self.cgroup, shm=self.shm, **more)
 
-    def start(self, child: Callable[[Say], None]) -> tuple[int, Any]:
-        process = forked(child)
-        (self.proc / str(process[0])).symlink_to(f"/proc/{process[0]}")
+    def start(self, child: Callable[[Say], None]) -> Forked:
+        process = self.fork(child)
+        (self.proc / str(process.pid)).symlink_to(f"/proc/{process.pid}")
         return process
-
-
-def killed(process: tuple[int, Any]) -> list[str]:
-    os.kill(process[0], signal.SIGKILL)
-    status, lines = wait_for(process)
-    assert status == -signal.SIGKILL, lines
-    return lines
 
 
 def mapped(nbytes: int, touched: int, file: int = -1) -> tuple[int, mmap.mmap]:
@@ -81,13 +74,13 @@ def test_what_a_real_process_touched_is_seen_by_another() -> None:
             del memory
 
         process = machine.start(child)
-        assert process[1].readline() == "mapped\n"
+        assert process.said.readline() == "mapped\n"
         budget = machine.budget()
         own, peer = budget.report().ranks
         assert (own.pid, own.reserved) == (os.getpid(), 0)
-        assert (peer.pid, peer.reserved) == (process[0], 64 * MIB)
+        assert (peer.pid, peer.reserved) == (process.pid, 64 * MIB)
         assert 31 * MIB <= peer.resident <= 32 * MIB  # what a neighbour might have is not counted
-        assert killed(process) == []
+        assert process.kill() == (-signal.SIGKILL, [])
         assert [rank.pid for rank in budget.report().ranks] == [os.getpid()]
         assert machine.ledgers() == []
 
@@ -136,7 +129,7 @@ def test_killed_at_any_step_of_a_reservation_it_leaves_nothing() -> None:
                 held = [budget.reserve("mmap", GIB), budget.reserve("heap", 60 * GIB)]
                 say(len(held))
 
-            ended.append(wait_for(machine.start(child))[0])
+            ended.append(machine.start(child).wait()[0])
             budget = machine.budget()
             assert budget.report().left["mmap"] == 64 * GIB
             assert machine.ledgers() == []
@@ -271,9 +264,9 @@ def test_users_count_one_another() -> None:
             signal.pause()
 
         process = machine.start(child)
-        assert [int(process[1].readline()) for _ in range(2)] == [24 * GIB, 20 * GIB]
+        assert [int(process.said.readline()) for _ in range(2)] == [24 * GIB, 20 * GIB]
         assert mine.report().left["mmap"] == 4 * GIB + mine.report().ranks[0].resident
-        killed(process)
+        process.kill()
         held.release()
         assert mine.report().left["mmap"] == 64 * GIB
         assert machine.ledgers() == []

@@ -26,7 +26,7 @@ slab_reclaimable 1048576
 _LOCKS = "Limit                     Soft Limit           Hard Limit           Units\n"
 
 
-def stat_of(prefix: str = "", **bytes_of: int) -> str:
+def stat_of(prefix: str = "", /, **bytes_of: int) -> str:
     """memory.stat: `file` is all of the page cache, shared memory in it."""
     numbers = {"anon": 0, "file": 0, "shmem": 0, "inactive": 0, "active": 0} | bytes_of
     own = _STAT.format(**dict.fromkeys(numbers, 0)) if prefix else ""

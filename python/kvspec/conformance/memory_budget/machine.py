@@ -7,9 +7,9 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-__all__ = ["GIB", "MIB", "Machine", "SimulatedRank", "area", "forked", "wait_for"]
+__all__ = ["GIB", "MIB", "Forked", "Machine", "SimulatedRank", "area"]
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -25,6 +25,16 @@ def area(
     )
 
 
+def _place() -> str | None:
+    """Memory, where thousands of small files cost nothing, if it is large enough to say so."""
+    try:
+        told = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    roomy = told.f_bavail * told.f_frsize >= 16 * GIB and os.access("/dev/shm", os.W_OK)
+    return "/dev/shm" if roomy else None
+
+
 class Machine:
     """Folders that stand for /proc, /sys/fs/cgroup and /dev/shm. Use it with `with`.
 
@@ -33,11 +43,12 @@ class Machine:
     """
 
     def __init__(self, total: int = 64 * GIB, *, cgroup_max: int | None = None) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="kvspec-machine-"))
+        self.root = Path(tempfile.mkdtemp(prefix="kvspec-machine-", dir=_place()))
         self.shm, self.cgroup, self.proc = (self.root / n for n in ("shm", "cgroup", "proc"))
         for folder in (self.shm, self.cgroup, self.proc):
             folder.mkdir()
         self._views: dict[int, Path] = {}
+        self._forked: list[Forked] = []
         self.total = self.available = total
         self.cgroup_max, self.cgroup_used = cgroup_max, 0
         self.show()
@@ -46,6 +57,9 @@ class Machine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for process in self._forked:
+            if not process.said.closed:
+                process.kill()
         shutil.rmtree(self.root)
 
     def write(self, path: str, text: str) -> Path:
@@ -85,6 +99,11 @@ class Machine:
         for name in ("meminfo", "sys"):
             (view / name).symlink_to(self.proc / name)
         return view
+
+    def fork(self, child: Callable[[Callable[[object], None]], None]) -> "Forked":
+        """A process that does not outlive the machine."""
+        self._forked.append(Forked(child))
+        return self._forked[-1]
 
     def files(self) -> dict[str, Path]:
         """Where a budget of process 101 finds things; the process is made if it is not there."""
@@ -151,33 +170,45 @@ class SimulatedRank:
         self.machine.write(f"proc/{self.pid}/smaps", text)
 
 
-def forked(child: Callable[[Callable[[object], None]], None]) -> tuple[int, Any]:
-    """Run `child(say)` in a forked process: its id, and a file of the lines that it says.
+class Forked:
+    """A forked process that runs `child(say)`: its id, and the lines that it says.
 
-    It ends with status 0, or 1 if it raised; `wait_for` waits for it.
+    It ends with status 0, or 1 if it raised. Its machine kills it if nobody waited for it.
     """
-    receiving, sending = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads of torch, which it leaves be
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        signal.alarm(30)  # whatever it waits for, it ends
-        try:
+
+    def __init__(self, child: Callable[[Callable[[object], None]], None]) -> None:
+        receiving, sending = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's threads, left in peace
+            self.pid = os.fork()
+        if self.pid == 0:
             os.close(receiving)
-            child(lambda what: os.write(sending, f"{what}\n".encode()) and None)
-            status = 0
-        except BaseException as error:
-            os.write(sending, f"{error!r}\n".encode())
-        finally:
-            os._exit(status)
-    os.close(sending)
-    return pid, os.fdopen(receiving, encoding="utf-8")
+            _run(child, sending)
+        os.close(sending)
+        self.said = os.fdopen(receiving, encoding="utf-8")
+
+    def wait(self) -> tuple[int, list[str]]:
+        """How it ended, as `os.waitstatus_to_exitcode` says it, and what else it said."""
+        with self.said:
+            lines = self.said.read().splitlines()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), lines
+
+    def kill(self) -> tuple[int, list[str]]:
+        """Kill it, which nothing can keep off, and wait."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
 
 
-def wait_for(process: tuple[int, Any]) -> tuple[int, list[str]]:
-    """How a forked process ended, as `os.waitstatus_to_exitcode` says it, and what it said."""
-    pid, said = process
-    with said:
-        lines = said.read().splitlines()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
+def _run(child: Callable[[Callable[[object], None]], None], sending: int) -> NoReturn:
+    def say(what: object) -> None:
+        os.write(sending, f"{what}\n".encode())
+
+    status = 1
+    signal.alarm(30)  # whatever it waits for, it ends
+    try:
+        child(say)
+        status = 0
+    except BaseException as error:
+        say(repr(error))
+    finally:
+        os._exit(status)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,10 @@ from kvspec.conformance.memory_budget.limits import BudgetSuite
 from kvspec.conformance.memory_budget.machine import (
     GIB,
     MIB,
+    Forked,
     Machine,
     SimulatedRank,
     area,
-    forked,
-    wait_for,
 )
 from kvspec.conformance.suite import fuzzing
 from kvspec.errors import HostMemoryError
@@ -139,7 +139,7 @@ class RanksConformance(BudgetSuite):
                     late.reserve(72 * GIB - reserved + 1)
                 late.reserve(72 * GIB - reserved)
 
-        moves = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8192)), max_size=24)
+        moves = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8192)), max_size=20)
         fuzzing(40)(given(st.sampled_from([0, 1]), moves)(play))()
 
     @clause("BUDGET-6")
@@ -164,8 +164,10 @@ class RanksConformance(BudgetSuite):
             segment = machine.write("shm/kvspec.kv.1.2.3", "x" * MIB)
             nbytes = segment.stat().st_blocks * 512
             rank.reserve(4 * GIB, "shm")
-            lies = {"path": "/dev/shm/kvspec.kv.1.2.3", "inode": segment.stat().st_ino}
-            pieces = (area(base + n * 2 * GIB, 2 * GIB, 4096, **lies) for n in range(2))
+            path, inode = "/dev/shm/kvspec.kv.1.2.3", segment.stat().st_ino
+            pieces = [
+                area(base + n * 2 * GIB, 2 * GIB, 4096, path=path, inode=inode) for n in range(2)
+            ]
             machine.write("proc/101/smaps", "".join(pieces))
             rank.held[0][0].mapped(base, 4 * GIB)
             machine.take(nbytes)
@@ -223,13 +225,12 @@ class RanksConformance(BudgetSuite):
                 say(held.nbytes)
                 signal.pause()
 
-            process = forked(child)
-            assert process[1].readline().strip() == str(60 * GIB)
+            process = machine.fork(child)
+            assert process.said.readline().strip() == str(60 * GIB)
             budget = self.make(**files)
             with pytest.raises(HostMemoryError, match=f"ram leaves {4 * GIB} "):
                 budget.reserve("heap", 5 * GIB)
-            os.kill(process[0], signal.SIGKILL)
-            assert wait_for(process) == (-signal.SIGKILL, [])
+            assert process.kill() == (-signal.SIGKILL, [])
             with budget.reserve("heap", 64 * GIB):
                 assert machine.ledgers() == ["kvspec-budget.101.707"]
             assert machine.ledgers() == []
@@ -248,7 +249,7 @@ class RanksConformance(BudgetSuite):
                 say(held.nbytes)
                 signal.pause()
 
-            process = forked(child)
+            process = machine.fork(child)
             writing = os.fdopen(opened_by_both(pipe), "w", encoding="ascii")
             folder = os.open(machine.shm, os.O_RDONLY)
             try:
@@ -259,12 +260,11 @@ class RanksConformance(BudgetSuite):
                 fcntl.flock(folder, fcntl.LOCK_EX)
                 assert len(machine.ledgers()) == 1
                 fcntl.flock(folder, fcntl.LOCK_UN)
-                assert process[1].readline().strip() == str(60 * GIB)
+                assert process.said.readline().strip() == str(60 * GIB)
             finally:
                 writing.close()
                 os.close(folder)
-                os.kill(process[0], signal.SIGKILL)
-                wait_for(process)
+                process.kill()
 
     @clause("BUDGET-8")
     def test_of_many_that_ask_at_once_those_get_it_that_fit(self) -> None:
@@ -286,13 +286,12 @@ class RanksConformance(BudgetSuite):
                     signal.pause()
                     del held
 
-            processes = [forked(lambda say, n=number: child(say, n)) for number in range(4)]
+            processes = [machine.fork(partial(child, number=number)) for number in range(4)]
             os.close(waiting)
             os.close(begin)
-            answers = sorted(said.readline().strip() for _, said in processes)
+            answers = sorted(each.said.readline().strip() for each in processes)
             for process in processes:
-                os.kill(process[0], signal.SIGKILL)
-                wait_for(process)
+                process.kill()
             assert answers == 3 * ["granted"] + ["refused"]
 
     @clause("BUDGET-12")
@@ -312,8 +311,11 @@ class RanksConformance(BudgetSuite):
                 with budget.reserve("heap", 24 * GIB):
                     say(len(machine.ledgers()))
 
-            forked_process = self.watched(lambda: wait_for(forked(child)))
-            assert forked_process() == (0, ["()", "24", "2"])
+            def forked_process() -> tuple[int, list[str]]:
+                return machine.fork(child).wait()
+
+            watched = self.watched(forked_process)
+            assert watched() == (0, ["()", "24", "2"])
             assert budget.view().reserved == (("mmap", 40 * GIB, 0),)
             assert machine.ledgers() == ["kvspec-budget.101.707"]
             budget.check()
@@ -332,23 +334,23 @@ class RanksConformance(BudgetSuite):
             def child(say: Say) -> None:
                 budget = self.make(**files | {"proc": view})
                 held = budget.reserve("mmap", 60 * GIB)
-                forked(live_on)
+                Forked(live_on)
                 say(held.nbytes)
                 signal.pause()
 
-            process = forked(child)
-            process[1].readline()
+            process = machine.fork(child)
+            process.said.readline()
             budget = self.make(**files)
-            assert budget.report().left["heap"] == 4 * GIB
-            os.kill(process[0], signal.SIGKILL)
-            os.waitid(os.P_PID, process[0], os.WEXITED | os.WNOWAIT)
             try:
+                assert budget.report().left["heap"] == 4 * GIB
+                os.kill(process.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
                 assert budget.report().left["heap"] == 64 * GIB
                 assert machine.ledgers() == []
             finally:
                 os.close(waiting)
                 os.close(end)  # which ends the grandchild
-                wait_for(process)
+                process.kill()
 
     @clause("BUDGET-14")
     def test_it_reads_one_file_for_each_rank(self) -> None:

@@ -54,7 +54,7 @@ LIMITS: dict[str, tuple[Callable[[Machine], None], str, str, dict[str, int]]] = 
     "headroom of ram": (_nothing, "ram", "heap", {"headroom_bytes": 60 * GIB}),
     "cgroup": (_of_own_cgroup, "cgroup", "torch", {}),
     "headroom of cgroup": (_of_own_cgroup, "cgroup", "heap", {"headroom_bytes": GIB}),
-    "cgroup above": (_of_cgroup_above, "cgroup", "shm", {}),
+    "cgroup above": (_of_cgroup_above, "cgroup", "torch", {}),
     "commit": (_of_commit, "commit", "heap", {}),
     "memlock": (_of_memlock, "memlock", "pinned", {}),
     "user": (_nothing, "user", "pinned", {"limit_bytes": LEFT}),
