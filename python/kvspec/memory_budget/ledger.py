@@ -109,7 +109,7 @@ class Rank:
         )
 
     def may_be_in(self, cgroup: int) -> bool:
-        """Whether it counts in a cgroup: yes, unless it is known to be in others only."""
+        """Whether it counts in a cgroup: unless it is known to be in others alone (BUDGET-15)."""
         return self.own or cgroup in self.cgroups or not self.whole
 
 
@@ -190,7 +190,7 @@ class Ledger:
     def __init__(self, folder: str, pid: int, start: int, cgroups: Cgroups) -> None:
         self.folder, self.name = folder, f"{PREFIX}{pid}.{start}"
         self.alone: str | None = None
-        """Why others cannot see it, while it has entries and no file."""
+        """Why others cannot see it, while it has entries and no file (BUDGET-13)."""
         self.disowned = False
         """In a process that was forked: it is the parent's."""
         numbers = cgroups.numbers[:_CGROUPS]
