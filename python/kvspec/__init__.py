@@ -16,6 +16,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
     from kvspec.instrumentation import Instrument, instrument
+    from kvspec.memory_budget import MemoryBudget
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
@@ -37,6 +38,7 @@ __all__ = [
     "DecodeReqToTokenPool",
     "FlightRecorder",
     "Instrument",
+    "MemoryBudget",
     "MemoryLeakError",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
@@ -65,6 +67,7 @@ __version__ = "0.1.0"
 _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
+    "MemoryBudget": "memory_budget",
     "Poison": "poison",
     "instrument": "instrumentation",
     "read_log": "flight_recorder",
