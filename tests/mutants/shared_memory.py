@@ -6,7 +6,7 @@ import mmap
 import os
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import kvspec.oracle
 from kvspec.conformance.mutants import Registry
@@ -48,7 +48,7 @@ class TakesWhatIsThere(SharedSegment):
         return fd if cls._lock(fd, fcntl.LOCK_SH) and cls._leads_to(name, fd) else None
 
 
-@registry.mutant("SHM-2", "SHM-6", "SHM-17", "SHM-19", "SHM-5")
+@registry.mutant("SHM-2", "SHM-5", "SHM-6", "SHM-8", "SHM-14", "SHM-16", "SHM-17", "SHM-19")
 class RoundsToPages(SharedSegment):
     @staticmethod
     def _reserve(fd: int, nbytes: int) -> None:
@@ -105,16 +105,19 @@ class AttachesToACopy(SharedSegment):
 
 @registry.mutant("SHM-7", "SHM-20")
 class AttachesToTheDead(SharedSegment):
+    attaching = False
+
     @classmethod
     def _require_alive(cls, name: str) -> int:
+        cls.attaching = True
         try:
-            fd = _open(name, os.O_RDWR)
-        except OSError as error:
-            raise ContractError(f"SHM-7: {error}") from None
-        if cls._is_ours(fd) and cls._lock(fd, fcntl.LOCK_SH):
-            return fd
-        os.close(fd)
-        raise ContractError(f"SHM-7: {name}")
+            return super()._require_alive(name)
+        finally:
+            cls.attaching = False
+
+    @classmethod
+    def _remove_if_alone(cls, name: str, fd: int) -> bool | None:
+        return False if cls.attaching else super()._remove_if_alone(name, fd)
 
 
 @registry.mutant("SHM-7", "SHM-20")
@@ -131,7 +134,9 @@ class TakesWhatIsAnotherUsers(SharedSegment):
         return SharedSegment._is_ours(fd) or os.fstat(fd).st_uid == 12345
 
 
-@registry.mutant("SHM-8", "SHM-9", "SHM-10", "SHM-17", reports=("SG-23022", "SEED-47"))
+@registry.mutant(
+    "SHM-8", "SHM-5", "SHM-9", "SHM-10", "SHM-16", "SHM-17", reports=("SG-23022", "SEED-47")
+)
 class TheFirstToCloseUnlinks(SharedSegment):
     def close(self) -> None:
         was_open = self._hold.fd >= 0
@@ -140,7 +145,7 @@ class TheFirstToCloseUnlinks(SharedSegment):
             _unlink(self.name)
 
 
-@registry.mutant("SHM-8", "SHM-9", "SHM-12", reports=("SG-21665",))
+@registry.mutant("SHM-8", "SHM-5", "SHM-9", "SHM-12", "SHM-17", reports=("SG-21665",))
 class TheExitOfAnAttacherUnlinks(SharedSegment):
     @classmethod
     def attach(cls, name: str) -> Self:
@@ -153,14 +158,12 @@ class TheExitOfAnAttacherUnlinks(SharedSegment):
                 leave()
                 _unlink(name)
 
-        owner.leave = leave_and_unlink  # type: ignore[method-assign]
+        vars(owner)["leave"] = leave_and_unlink
         return segment
 
 
-@registry.mutant("SHM-9", "SHM-17")
+@registry.mutant("SHM-9", "SHM-10", "SHM-16", "SHM-17")
 class OnlyItsCreatorUnlinks(SharedSegment):
-    creators: ClassVar[set[int]] = set()
-
     @classmethod
     def attach(cls, name: str) -> Self:
         segment = super().attach(name)
@@ -193,7 +196,7 @@ class GivesACopy(SharedSegment):
         return super().tensor().clone()
 
 
-@registry.mutant("SHM-12")
+@registry.mutant("SHM-12", "SHM-17")
 class ATensorHoldsNothing(SharedSegment):
     def __del__(self) -> None:
         self._hold.leave()
