@@ -1,7 +1,10 @@
 --------------------------- MODULE MCSharedMemory ---------------------------
 (* Bounds for SharedMemory stand in the configurations; here are the states  *)
 (* that each Reach configuration must find, written as invariants to break.  *)
-EXTENDS SharedMemory
+EXTENDS SharedMemory, TLC
+
+\* Processes are alike, and so are files.
+Symmetry == Permutations(Procs) \cup Permutations(Files)
 
 \* SHM-2: a file was taken for dead before its creator had a lock on it.
 NeverNewbornGone == \A p \in Procs : at[p] = "made" => file[p] \in linked

@@ -12,8 +12,8 @@
 (* which is linked until it is removed.                                      *)
 EXTENDS Naturals, FiniteSets
 
-CONSTANTS Procs,    \* set of Nat: who creates, attaches and closes, one handle each at a time
-          Files,    \* set of Nat: the segments that can ever be created
+CONSTANTS Procs,    \* set of model values: who creates, attaches and closes, one handle each at a time
+          Files,    \* set of model values: the segments that can ever be created
           Bug       \* which rule is broken, "none" of them to begin with
 
 VARIABLES at,       \* [All -> STRING]: which step a process takes next

@@ -6,9 +6,18 @@
 // and the bytes that it had.  Under root the folder is a tmpfs of its own.
 //
 //     killed_shared_memory LABEL SEED        prints "<kills> kills, /dev/shm is <private|shared>"
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
 #include <dirent.h>
+#include <exception>
 #include <fcntl.h>
+#include <functional>
+#include <random>
 #include <sched.h>
+#include <string>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -18,16 +27,6 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include <algorithm>
-#include <cerrno>
-#include <csignal>
-#include <cstdio>
-#include <cstdlib>
-#include <exception>
-#include <functional>
-#include <random>
-#include <string>
 #include <utility>
 #include <vector>
 
