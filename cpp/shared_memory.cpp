@@ -321,6 +321,12 @@ void SharedSegment::close() noexcept {
   forget();
 }
 
+void SharedSegment::close_at_exit() noexcept {
+  if (closed()) return;
+  if (owned()) remove_if_alone(name_.c_str(), fd_);
+  forget();
+}
+
 void SharedSegment::forget() noexcept {
   ::close(fd_);
   fd_ = -1;

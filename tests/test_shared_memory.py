@@ -303,7 +303,11 @@ def test_one_pickle_is_read_by_three_processes(name: str) -> None:
 def test_a_process_that_ends_takes_its_names_with_it(name: str) -> None:
     oracle = ".oracle" if name == "oracle" else ""
     code = f"""
+import builtins
 from kvspec{oracle} import SharedSegment
+builtins.kept = SharedSegment.create({LABEL!r}, 100)
+cycle = [SharedSegment.create({LABEL!r}, 100), SharedSegment.create({LABEL!r}, 100).tensor()]
+cycle.append(cycle)
 kept = SharedSegment.create({LABEL!r}, 100)
 tensor = SharedSegment.create({LABEL!r}, 100).tensor()
 """

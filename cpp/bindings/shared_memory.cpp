@@ -1,8 +1,10 @@
 // Shared memory: a handle, and the tensors that keep its mapping alive.
 #include "kvspec/shared_memory.hpp"
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <utility>
@@ -20,12 +22,47 @@ using namespace nb::literals;
 
 namespace {
 
+using Shared = std::shared_ptr<kvspec::SharedSegment>;
+
+// Handles that Python never destroys, in a cycle for example, are closed when it ends.  Under the
+// GIL, so that no fork finds the mutex taken.
+class OpenAtExit {
+ public:
+  static OpenAtExit& get() {
+    static OpenAtExit all;
+    return all;
+  }
+
+  Shared add(Shared segment) {
+    const std::lock_guard lock(mutex_);
+    if (segments_.size() >= limit_) {
+      std::erase_if(segments_, [](const auto& segment_) { return segment_.expired(); });
+      limit_ = 2 * segments_.size() + 16;
+    }
+    segments_.push_back(segment);
+    return segment;
+  }
+
+  void close() {
+    const std::lock_guard lock(mutex_);
+    for (const auto& segment : segments_) {
+      if (const Shared kept = segment.lock()) kept->close_at_exit();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::weak_ptr<kvspec::SharedSegment>> segments_;
+  std::size_t limit_ = 16;  // of segments_, before those that are gone are dropped from it
+};
+
 // Tensors have a share in the segment, so that none outlives the mapping.
 struct Segment {
-  std::shared_ptr<kvspec::SharedSegment> shared;
+  Shared shared;
 
   explicit Segment(kvspec::SharedSegment segment)
-      : shared(std::make_shared<kvspec::SharedSegment>(std::move(segment))) {}
+      : shared(OpenAtExit::get().add(
+            std::make_shared<kvspec::SharedSegment>(std::move(segment)))) {}
 
   long tensor_count() const noexcept { return shared.use_count() - 1; }
 
@@ -43,10 +80,9 @@ nb::object interface(const char* name) {
 
 nb::object tensor(const Segment& self) {
   const kvspec::SharedSegment& segment = self.open("tensor");
-  using Share = std::shared_ptr<kvspec::SharedSegment>;
-  auto share = std::make_unique<Share>(self.shared);
+  auto share = std::make_unique<Shared>(self.shared);
   const nb::capsule owner(share.get(), [](void* kept) noexcept {
-    delete static_cast<Share*>(kept);
+    delete static_cast<Shared*>(kept);
   });
   share.release();
   using Memory = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::device::cpu>;
@@ -75,9 +111,14 @@ void def_lifetime(nb::class_<Segment>& segment) {
       .def_static(
           "create",
           [](const std::string& label, std::int64_t nbytes, bool populate) {
-            return Segment(kvspec::SharedSegment::create(label, nbytes, populate));
+            kvspec::SharedSegment created;
+            {
+              const nb::gil_scoped_release others_run;
+              created = kvspec::SharedSegment::create(label, nbytes, populate);
+            }
+            return Segment(std::move(created));
           },
-          "label"_a, "nbytes"_a, "populate"_a = false, nb::call_guard<nb::gil_scoped_release>(),
+          "label"_a, "nbytes"_a, "populate"_a = false,
           nb::sig("def create(label: str, nbytes: int, populate: bool = False) -> SharedSegment"),
           "A new segment of exactly `nbytes` zeros under a name that nobody had (SHM-1 to SHM-5).")
       .def_static(
@@ -134,5 +175,7 @@ void bind_shared_memory(nb::module_& m) {
   nb::class_<Segment> segment(m, "SharedSegment",
                               "A handle on a named segment of shared memory. Spec: SHM.");
   def_lifetime(segment);
+  nb::module_::import_("atexit").attr("register")(
+      nb::cpp_function([] { OpenAtExit::get().close(); }));
   def_memory(segment);
 }

@@ -76,6 +76,8 @@ class SharedSegment {
   // Gives the handle back; the last one takes the name with it (SHM-8, SHM-9).  In a child that
   // inherited the handle the mapping goes, and nothing else (SHM-16).  Again: nothing.
   void close() noexcept;
+  // The same, for the end of a process: the mapping stays, because somebody may still use it.
+  void close_at_exit() noexcept;
 
  private:
   bool take_name(std::string name);

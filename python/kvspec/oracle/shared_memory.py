@@ -4,6 +4,7 @@ The same names and the same locks as the core, so that either side can be the ot
 is what somebody has a lock on; `_remove_if_alone` is the only place where a name goes.
 """
 
+import atexit
 import ctypes
 import errno
 import fcntl
@@ -63,6 +64,7 @@ class _Hold:
         self.owner = os.getpid()
         self.pages: mmap.mmap | None = None
         self.bytes_of_tensors: list[weakref.ref[Any]] = []
+        _open_at_exit.add(self)
 
     def map(self, nbytes: int, flags: int) -> None:
         with _out_of(f"{nbytes} bytes of {self.name} cannot be mapped"):
@@ -94,6 +96,15 @@ class _Hold:
 
     def __del__(self) -> None:
         self.leave()
+
+
+_open_at_exit: "weakref.WeakSet[_Hold]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    for hold in list(_open_at_exit):
+        hold.leave()
 
 
 class SharedSegment:
