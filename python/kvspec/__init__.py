@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
+        HostArena,
         OwnershipLedger,
         PagedTokenToKVPoolAllocator,
         RadixCache,
@@ -37,6 +38,7 @@ __all__ = [
     "ContractError",
     "DecodeReqToTokenPool",
     "FlightRecorder",
+    "HostArena",
     "Instrument",
     "MemoryBudget",
     "MemoryLeakError",

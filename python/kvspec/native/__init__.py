@@ -7,6 +7,7 @@ from kvspec._core import (
     TokenToKVPoolAllocator,
 )
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.native.host_memory import HostArena
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.native.swa_radix_cache import SWARadixCache
@@ -14,6 +15,7 @@ from kvspec.native.swa_radix_cache import SWARadixCache
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostArena",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
