@@ -14,6 +14,7 @@
 
 #include "kvspec/contract.hpp"
 #include "kvspec/host_pages.hpp"
+#include "kvspec/shared_memory.hpp"
 
 namespace kvspec {
 
@@ -117,6 +118,7 @@ struct HostArena::Region {
   std::byte* address = nullptr;  // null until there is memory to give back
   std::size_t mapped = 0;
   pid_t owner = ::getpid();
+  int segment = -1;  // shm: its descriptor
   std::function<void(Region&)> give_back;
   std::function<void()> before;
   std::function<void()> after;
@@ -151,6 +153,8 @@ HostArena::HostArena(ArenaKind kind, std::int64_t nbytes, const ArenaOptions& op
   if (kind == ArenaKind::heap) {
     region_->give_back = [](Region& region) { std::free(region.address); };
     region_->address = heap_block(mapped, alignment_);
+  } else if (kind == ArenaKind::shm) {
+    open_segment(options);
   } else {
     map(options);
   }
@@ -171,6 +175,27 @@ void HostArena::map(const ArenaOptions& options) {
     host_pages::bind(region.address, region.mapped, static_cast<int>(*options.numa_node));
   }
   if (kind_ == ArenaKind::pinned && options.lock) host_pages::lock(region.address, region.mapped);
+}
+
+void HostArena::open_segment(const ArenaOptions& options) {
+  // The pages of a segment are reserved when it is created, so they are placed by then (HOST-11).
+  std::optional<host_pages::OnNode> placed;
+  if (options.numa_node) placed.emplace(static_cast<int>(*options.numa_node));
+  auto segment = std::make_shared<SharedSegment>(
+      options.attach ? SharedSegment::attach(*options.attach)
+                     : SharedSegment::create(options.label, nbytes_));
+  if (segment->bytes() != nbytes_) {
+    refuse("HOST-3", "nbytes " + std::to_string(nbytes_) + " is not that of " + segment->name() +
+                         ", which has " + std::to_string(segment->bytes()));
+  }
+  name_ = segment->name();
+  Region& region = *region_;
+  region.give_back = [segment](Region&) { segment->close(); };
+  region.segment = segment->fd();
+  region.address = segment->data();
+  if (options.numa_node) {
+    host_pages::bind(region.address, region.mapped, static_cast<int>(*options.numa_node));
+  }
 }
 
 HostArena HostArena::adopt(std::byte* address, std::int64_t nbytes,
@@ -221,9 +246,11 @@ std::shared_ptr<std::byte> HostArena::share(std::int64_t offset, std::int64_t nb
 
 std::int64_t HostArena::resident_bytes() const {
   const Region& region = open("resident_bytes");
-  const bool shared = kind_ == ArenaKind::shm;
-  return static_cast<std::int64_t>(
-      host_pages::resident_bytes(region.address, region.mapped, shared));
+  const std::size_t resident =
+      kind_ == ArenaKind::shm
+          ? std::min(host_pages::file_bytes(region.segment), region.mapped)
+          : host_pages::resident_bytes(region.address, region.mapped);
+  return static_cast<std::int64_t>(resident);
 }
 
 std::optional<std::map<int, std::size_t>> HostArena::numa_nodes() const {

@@ -14,6 +14,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -32,6 +33,7 @@ constexpr std::uint64_t kExclusive = 1ULL << 56;  // and nobody else has it
 constexpr std::size_t kBytesPerThread = std::size_t{64} << 20;
 constexpr std::size_t kMaxThreads = 16;
 constexpr std::size_t kMaxNodes = 1024;
+constexpr std::size_t kBits = 8 * sizeof(unsigned long);
 
 std::uintptr_t number(const std::byte* address) {
   return reinterpret_cast<std::uintptr_t>(address);
@@ -134,6 +136,18 @@ std::size_t resident_by_mincore(const std::byte* address, std::size_t nbytes) {
         if ((entry & 1U) != 0) resident += on_it;
       });
   return resident;
+}
+
+// The set of one node.  REQUIRES: node < kMaxNodes, as every node of the kernel is.
+std::vector<unsigned long> mask_of(int node) {
+  std::vector<unsigned long> mask(kMaxNodes / kBits);
+  mask.at(static_cast<std::size_t>(node) / kBits) |= 1UL << (static_cast<std::size_t>(node) % kBits);
+  return mask;
+}
+
+[[noreturn]] void refuse_node(int node, int error) {
+  throw HostMemoryError("HOST-11", "the kernel gives no memory of node " + std::to_string(node) +
+                                       ": " + reason(error));
 }
 
 std::string limit(rlim_t value) {
@@ -257,9 +271,14 @@ void lock(std::byte* address, std::size_t nbytes) {
           " --ulimit memlock=-1, or give the process CAP_IPC_LOCK");
 }
 
-std::size_t resident_bytes(const std::byte* address, std::size_t nbytes, bool shared) {
+std::size_t file_bytes(int fd) {
+  struct stat status{};
+  return ::fstat(fd, &status) == 0 ? static_cast<std::size_t>(status.st_blocks) * 512 : 0;
+}
+
+std::size_t resident_bytes(const std::byte* address, std::size_t nbytes) {
   const File pagemap("/proc/self/pagemap");
-  if (shared || pagemap.fd() < 0) return resident_by_mincore(address, nbytes);
+  if (pagemap.fd() < 0) return resident_by_mincore(address, nbytes);
   return resident_by_pagemap(pagemap, address, nbytes);
 }
 
@@ -275,15 +294,21 @@ std::optional<Nodes> nodes(const std::string& folder) {
 }
 
 void bind(std::byte* address, std::size_t nbytes, int node) {
-  constexpr std::size_t bits = 8 * sizeof(unsigned long);
-  std::array<unsigned long, kMaxNodes / bits> mask{};
-  mask.at(static_cast<std::size_t>(node) / bits) |= 1UL << (static_cast<std::size_t>(node) % bits);
+  const std::vector<unsigned long> mask = mask_of(node);
   if (::syscall(SYS_mbind, address, nbytes, kBindPolicy, mask.data(), kMaxNodes, 0U) != 0) {
-    throw HostMemoryError("HOST-11", "the kernel does not bind " + std::to_string(nbytes) +
-                                         " bytes to node " + std::to_string(node) + ": " +
-                                         reason(errno));
+    refuse_node(node, errno);
   }
 }
+
+OnNode::OnNode(int node) : mask_(kMaxNodes / kBits) {
+  const std::vector<unsigned long> mask = mask_of(node);
+  if (::syscall(SYS_get_mempolicy, &policy_, mask_.data(), kMaxNodes, nullptr, 0UL) != 0 ||
+      ::syscall(SYS_set_mempolicy, kBindPolicy, mask.data(), kMaxNodes) != 0) {
+    refuse_node(node, errno);
+  }
+}
+
+OnNode::~OnNode() { ::syscall(SYS_set_mempolicy, policy_, mask_.data(), kMaxNodes); }
 
 std::optional<std::map<int, std::size_t>> bytes_on_nodes(const std::byte* address,
                                                          std::size_t nbytes) {

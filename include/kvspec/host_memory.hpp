@@ -101,6 +101,7 @@ class HostArena {
 
   HostArena(ArenaKind kind, std::int64_t nbytes) : kind_(kind), nbytes_(nbytes) {}
   void map(const ArenaOptions& options);
+  void open_segment(const ArenaOptions& options);
   Region& open(const char* call) const;
   void require_range(const char* call, std::int64_t offset, std::int64_t nbytes) const;
 

@@ -44,9 +44,12 @@ void populate(const std::string& kind, std::byte* address, std::size_t nbytes, i
 // Locks pages in memory as they get it (HOST-22); HostMemoryError HOST-23 says what the limit is.
 void lock(std::byte* address, std::size_t nbytes);
 
-// How many bytes of the range lie on pages that have memory; the page of zeros that reads are lent
+// How many bytes of private memory lie on pages of their own; the page of zeros that reads are lent
 // is none.  Any range of mapped bytes will do (HOST-21).  O(pages): 8 bytes are read for each.
-std::size_t resident_bytes(const std::byte* address, std::size_t nbytes, bool shared);
+std::size_t resident_bytes(const std::byte* address, std::size_t nbytes);
+
+// How many bytes of a file in /dev/shm have memory, whoever has touched them (HOST-21).  O(1).
+std::size_t file_bytes(int fd);
 
 // Whether every page of the range is mapped.  O(mappings).
 bool is_mapped(std::byte* address, std::size_t nbytes);
@@ -61,6 +64,19 @@ std::optional<Nodes> nodes(const std::string& folder);
 
 // Binds pages that are not there yet to a node (HOST-11).
 void bind(std::byte* address, std::size_t nbytes, int node);
+
+// While it lives, what this thread makes the kernel allocate lies on a node (HOST-11).
+class OnNode {
+ public:
+  explicit OnNode(int node);
+  ~OnNode();
+  OnNode(const OnNode&) = delete;
+  OnNode& operator=(const OnNode&) = delete;
+
+ private:
+  int policy_ = 0;  // as it was before
+  std::vector<unsigned long> mask_;
+};
 
 // For each node, how many bytes of the range are on its pages; of a kernel without NUMA nothing
 // (HOST-12).  O(pages).

@@ -109,7 +109,8 @@ class HostArena(Protocol):
     def resident_bytes(self) -> int:
         """How many of `mapped_bytes` are on pages that have memory now (HOST-21).
 
-        O(pages): the kernel's pagemap is read, 8 bytes a page, or for shm one byte (mincore).
+        O(pages): the kernel's pagemap is read, 8 bytes a page. Of shm it is what the segment has,
+        whoever touched it, and O(1).
         """
 
     def numa_nodes(self) -> Mapping[int, int] | None:

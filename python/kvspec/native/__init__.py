@@ -3,6 +3,7 @@
 from kvspec._core import (
     OwnershipLedger,
     PagedTokenToKVPoolAllocator,
+    SharedSegment,
     SWATokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
 )
@@ -24,5 +25,6 @@ __all__ = [
     "SWAChunkCache",
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
 ]

@@ -7,7 +7,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Literal, Protocol, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -29,19 +29,21 @@ _CAP_IPC_LOCK = 14
 _THP: tuple[Literal["never", "madvise", "always"], ...] = ("never", "madvise", "always")
 
 
-class Cudart(Protocol):
-    """What pinning asks of the CUDA runtime."""
+class Pinning(NamedTuple):
+    """What pinning asks of a device's runtime; both give 0 if all went well."""
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> object:
-        """Pin memory that is mapped already; 0 is success."""
+    register: Callable[[int, int, int], object]
+    """Pin memory that is mapped already: address, bytes, flags."""
+    unregister: Callable[[int], object]
+    """Undo it, by the address."""
 
-    def cudaHostUnregister(self, address: int) -> object:
-        """Undo it."""
 
-
-def cudart() -> Cudart | None:
+def device_pinning() -> Pinning | None:
     """The CUDA runtime of torch, or None where there is no device."""
-    return cast(Cudart, torch.cuda.cudart()) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    runtime = cast(Any, torch.cuda).cudart()
+    return Pinning(runtime.cudaHostRegister, runtime.cudaHostUnregister)
 
 
 class HostArena(HostBlock):
@@ -69,8 +71,8 @@ class HostArena(HostBlock):
         super().__init__(*given, self.node_folder)
         self.kind: ArenaKind = kind
         self.nbytes = operator.index(nbytes)
-        if attach is not None:
-            self.open(lock=False)
+        if attach is not None or huge_pages == "explicit":
+            self._keep(self._map(), None)  # counted already: by the creator, or by the kernel
             return
         reservation = MemoryBudget.current().reserve(kind, self.wanted_bytes, label=label)
         try:
@@ -86,14 +88,14 @@ class HostArena(HostBlock):
             storage = _torch_bytes(self.nbytes)
             self.adopt(storage.data_ptr(), storage)
             return None
-        device = cudart() if self.kind == "pinned" else None
+        device = device_pinning() if self.kind == "pinned" else None
         self.open(lock=device is None)
         return None if device is None else self._register(device)
 
-    def _register(self, device: Cudart) -> Callable[[], None]:
+    def _register(self, device: Pinning) -> Callable[[], None]:
         """Pin exactly what is mapped, which torch's own allocator would round up (HOST-22)."""
         address, nbytes = self.address, self.mapped_bytes
-        code = int(cast(int, device.cudaHostRegister(address, nbytes, _PORTABLE)))
+        code = int(cast(int, device.register(address, nbytes, _PORTABLE)))
         if code != 0:
             self.give_back()
             raise HostMemoryError(
@@ -101,10 +103,11 @@ class HostArena(HostBlock):
             )
         return lambda: _unregister(device, address)
 
-    def _keep(self, unpin: Callable[[], None] | None, reservation: Reservation) -> None:
+    def _keep(self, unpin: Callable[[], None] | None, reservation: Reservation | None) -> None:
         """What is reserved stays so as long as the memory, which tensors may keep (HOST-28)."""
-        reservation.mapped(self.address, self.mapped_bytes)
-        self.on_release(unpin, reservation.release)
+        if reservation is not None:
+            reservation.mapped(self.address, self.mapped_bytes)
+        self.on_release(unpin, reservation and reservation.release)
 
     def __enter__(self) -> Self:
         return self
@@ -197,8 +200,8 @@ def _torch_bytes(nbytes: int) -> Tensor:
         ) from None
 
 
-def _unregister(device: Cudart, address: int) -> None:
-    device.cudaHostUnregister(address)
+def _unregister(device: Pinning, address: int) -> None:
+    device.unregister(address)
 
 
 def _common(lists: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
@@ -217,7 +220,7 @@ def _capabilities(node_folder: str) -> HostCapabilities:
         populates_on_request=populates_on_request(),
         memory_nodes=lists and lists[0],
         cpu_nodes=lists and lists[1],
-        pins_by="mlock" if cudart() is None else "cuda",
+        pins_by="mlock" if device_pinning() is None else "cuda",
         lockable_bytes=_lockable_bytes(),
     )
 
