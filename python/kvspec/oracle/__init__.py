@@ -8,6 +8,7 @@ from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.oracle.shared_memory import SharedSegment
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
@@ -27,6 +28,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "check_memory",
     "get_swa_token_info",

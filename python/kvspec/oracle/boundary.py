@@ -38,7 +38,10 @@ def tensor(given: Sequence[int]) -> Tensor:
     return torch.tensor(given, dtype=torch.int64)
 
 
-# -- host memory ---------------------------------------------------------------------------------
+def memory_tensor(memory: Any) -> Tensor:
+    """A uint8 tensor over the memory of an object that it keeps alive: something with a buffer."""
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
 
 BYTES = torch.uint8
 
@@ -58,7 +61,7 @@ def tensor_over(memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) ->
     """A tensor that holds the memoryview and lies over its bytes (HOST-13)."""
     if not memory:
         return torch.empty(list(shape), dtype=dtype)
-    return torch.frombuffer(memory, dtype=BYTES).view(dtype).view(list(shape))
+    return memory_tensor(memory).view(dtype).view(list(shape))
 
 
 def has_device() -> bool:

@@ -28,7 +28,7 @@ from kvspec.memory_budget import MemoryBudget, Reservation
 from kvspec.oracle import boundary
 from kvspec.oracle import host_pages as pages
 from kvspec.oracle.host_pages import HUGE_PAGE_BYTES, PAGE_BYTES
-from kvspec._core import SharedSegment
+from kvspec.oracle.shared_memory import SharedSegment
 
 if TYPE_CHECKING:
     import torch
