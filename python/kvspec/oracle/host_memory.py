@@ -62,9 +62,7 @@ class _Asked(NamedTuple):
     @property
     def mapped_bytes(self) -> int:
         """HOST-2."""
-        return (
-            self.nbytes if self.kind in _MALLOC else pages.rounded(self.nbytes, self.page_bytes)
-        )
+        return self.nbytes if self.kind in _MALLOC else pages.rounded(self.nbytes, self.page_bytes)
 
     @property
     def least_alignment(self) -> int:
@@ -295,9 +293,7 @@ class HostArena:
             raise ContractError(f"HOST-14: shape {lengths} has a negative length")
         end = start + prod(lengths) * item
         if not 0 <= start <= end <= self.nbytes:
-            raise ContractError(
-                f"HOST-14: bytes [{start}, {end}) are not in [0, {self.nbytes})"
-            )
+            raise ContractError(f"HOST-14: bytes [{start}, {end}) are not in [0, {self.nbytes})")
         part = memoryview(self._memory).cast("B")[start:end]
         if start < end:
             self._tensors.append(weakref.ref(part, self._tensors.remove))
@@ -341,9 +337,7 @@ class HostArena:
         """Counts the threads that it may use, and uses one."""
         reason = pages.advise(address, nbytes, pages.POPULATE_WRITE)
         if reason is not None:
-            raise HostMemoryError(
-                f"HOST-4: {self.kind} cannot populate {nbytes} bytes: {reason}"
-            )
+            raise HostMemoryError(f"HOST-4: {self.kind} cannot populate {nbytes} bytes: {reason}")
         self._populated += pages.rounded(address % PAGE_BYTES + nbytes, PAGE_BYTES) // PAGE_BYTES
         wanted = pages.rounded(nbytes, _BYTES_PER_THREAD) // _BYTES_PER_THREAD
         self._threads += threads or min(wanted, len(os.sched_getaffinity(0)), _MAX_THREADS)

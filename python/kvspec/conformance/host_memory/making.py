@@ -112,7 +112,9 @@ class HostMemorySuite(Conformance):
         assert text.startswith(f"{clause_id}: "), text
         assert all(word in text for word in words), text
 
-    def unchanged(self, arena: Any, clause_id: str, call: Callable[[], object], *words: str) -> None:
+    def unchanged(
+        self, arena: Any, clause_id: str, call: Callable[[], object], *words: str
+    ) -> None:
         """It refuses, and neither state nor pages nor bytes change."""
 
         def state() -> object:

@@ -202,7 +202,9 @@ class Mapping(HostMemorySuite):
         assert arena.page_bytes == PAGE_BYTES
         for offset in (0, 3 * MIB):
             flags = area_of(arena.address + offset).flags
-            assert "hg" in flags or self.function("capabilities")().transparent_huge_pages == "never"
+            assert (
+                "hg" in flags or self.function("capabilities")().transparent_huge_pages == "never"
+            )
 
     @clause("HOST-10")
     @pytest.mark.parametrize("kind", ["mmap", "pinned"])
