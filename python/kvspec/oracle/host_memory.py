@@ -155,7 +155,7 @@ class HostArena:
         return MemoryBudget.current().reserve(asked.kind, asked.mapped_bytes, label=asked.label)
 
     def _map(self, reservation: Reservation | None) -> None:
-        release = [] if reservation is None else [reservation.release]
+        release: list[Callable[[], object]] = [reservation.release] if reservation else []
         try:
             address, give_back = self._get()
             release.insert(0, give_back)
@@ -201,7 +201,7 @@ class HostArena:
         self.name = segment.name
         return segment.address, segment.close
 
-    def _settle(self, address: int, release: list[Callable[[], None]]) -> None:
+    def _settle(self, address: int, release: list[Callable[[], object]]) -> None:
         """What is done to pages once: advice, node, memory, lock."""
         asked, nbytes = self._asked, self._asked.mapped_bytes
         if asked.huge_pages == "transparent":
