@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
+        HostArena,
         OwnershipLedger,
         PagedTokenToKVPoolAllocator,
         RadixCache,
@@ -38,6 +39,7 @@ __all__ = [
     "ContractError",
     "DecodeReqToTokenPool",
     "FlightRecorder",
+    "HostArena",
     "Instrument",
     "MemoryBudget",
     "MemoryLeakError",

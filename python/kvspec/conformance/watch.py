@@ -73,8 +73,11 @@ class Watched:
             seen.update(call=name, result=result, error=error)
             seen.update(before=before, after=self._subject.view())
             _count(self._impl, self._rooms, seen)
-            if error is not None:
-                raise error
+            try:
+                if error is not None:
+                    raise error
+            finally:  # else it would keep this frame, which keeps it, and all that called it
+                del error, seen
             return result
 
         return call
@@ -134,8 +137,11 @@ def watch_function(impl: str, function: Callable[..., Any], *rooms: str) -> Call
         bound.apply_defaults()
         seen = dict(bound.arguments) | {"call": function.__name__, "result": result, "error": error}
         _count(impl, rooms, seen)
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error, seen
         return result
 
     return call
