@@ -2,6 +2,7 @@ from collections.abc import Mapping
 from typing import overload
 
 import kvspec.interfaces.ownership_ledger
+import kvspec.interfaces.shared_memory
 import kvspec.interfaces.slot_allocator
 import torch
 
@@ -279,6 +280,58 @@ class RequestRows:
 
     def check_books(self, table: torch.Tensor | None) -> None:
         """Raise ContractError if books or table are broken (REQ-10)."""
+
+class SharedSegment:
+    """A handle on a named segment of shared memory. Spec: SHM."""
+
+    @staticmethod
+    def create(label: str, nbytes: int, populate: bool = False) -> SharedSegment:
+        """
+        A new segment of exactly `nbytes` zeros under a name that nobody had (SHM-1 to SHM-5).
+        """
+
+    @staticmethod
+    def attach(name: str) -> SharedSegment:
+        """Another handle on a segment that somebody holds (SHM-6, SHM-7)."""
+
+    @staticmethod
+    def reap() -> list[kvspec.interfaces.shared_memory.Reaped]:
+        """Remove every segment of ours that no process holds (SHM-13, SHM-14)."""
+
+    def close(self) -> None:
+        """Give the handle back; the last takes the name (SHM-8, SHM-9)."""
+
+    def __enter__(self) -> SharedSegment: ...
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None: ...
+
+    def __getstate__(self) -> str:
+        """What a pickle has of it: its name (SHM-17)."""
+
+    def __setstate__(self, arg: str, /) -> None: ...
+
+    @property
+    def name(self) -> str:
+        """In /dev/shm, without the slash (SHM-1)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Exactly what was asked for (SHM-2)."""
+
+    @property
+    def address(self) -> int:
+        """Where it is mapped in this process."""
+
+    def tensor(self) -> torch.Tensor:
+        """uint8 [nbytes] over the mapping, without a copy, on the CPU (SHM-12)."""
+
+    def view(self) -> kvspec.interfaces.shared_memory.SharedSegmentView:
+        """The abstract state."""
+
+    def check(self) -> None:
+        """
+        Raise ContractError if the name leads elsewhere, or the size changed (SHM-19).
+        """
 
 class NodeHandle:
     """Names a path and the incarnation of its last page (CACHE-14)."""

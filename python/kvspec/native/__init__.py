@@ -3,6 +3,7 @@
 from kvspec._core import (
     OwnershipLedger,
     PagedTokenToKVPoolAllocator,
+    SharedSegment,
     SWATokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
 )
@@ -22,5 +23,6 @@ __all__ = [
     "SWAChunkCache",
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
 ]
