@@ -175,7 +175,9 @@ ShmChannel::ShmChannel(const std::string& name, std::int64_t reader)
            "the place of reader " + std::to_string(reader) + " is " + found + ", not absent");
   };
   if (!lock(reader, F_WRLCK)) refuse_place("attached");
-  if (state(reader).load(std::memory_order_acquire) != kAbsent) refuse_place(state_name(reader));
+  const Half found = state(reader).load(std::memory_order_acquire);
+  if (found == kAttached) refuse_place("gone");
+  if (found != kAbsent) refuse_place(state_name(reader));
   state(reader).store(kAttached, std::memory_order_seq_cst);
   ring(kWritersBell);
 }
@@ -505,10 +507,12 @@ void ShmChannel::check() const {
   }
   for (std::int64_t reader = 0; reader < shape_.reader_count; ++reader) {
     if (!counts(reader)) continue;
-    // The reader may go on meanwhile: its cursor first, or it could seem ahead of the writer.
+    // Others go on meanwhile, so the writer's cursor is read before the reader's and after it.
+    const Word before = word(kWritten).load(std::memory_order_acquire);
     const Word read = cursor(reader).load(std::memory_order_acquire);
     const Word written = word(kWritten).load(std::memory_order_acquire);
-    if (read <= written && written - read <= static_cast<Word>(shape_.block_count)) continue;
+    const bool behind = before > read && before - read > static_cast<Word>(shape_.block_count);
+    if ((read <= written && !behind) || !counts(reader)) continue;
     refuse("CHAN-1", "reader " + std::to_string(reader) + " has received " +
                          std::to_string(read) + " of " + std::to_string(written) +
                          " messages, in " + std::to_string(shape_.block_count) + " blocks");

@@ -1,9 +1,10 @@
 """A channel of one writer and several readers in shared memory. Spec: CHAN."""
 
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Bytes", "ReadBlock", "ShmChannel", "ShmChannelView", "WriteBlock"]
 
@@ -37,7 +38,7 @@ class WriteBlock(Protocol):
     def data(self) -> memoryview:
         """The block: `block_bytes` bytes, valid until the block is done with (CHAN-16)."""
 
-    def tensor(self) -> Tensor:
+    def tensor(self) -> "Tensor":
         """The block as uint8 [block_bytes] on the CPU, without a copy (CHAN-16)."""
 
     def commit(self, nbytes: int) -> None:
@@ -65,7 +66,7 @@ class ReadBlock(Protocol):
     def data(self) -> memoryview:
         """The message, read-only, valid until the block is released (CHAN-16)."""
 
-    def tensor(self) -> Tensor:
+    def tensor(self) -> "Tensor":
         """The message as uint8 on the CPU, without a copy; not to be written to (CHAN-16)."""
 
     def release(self) -> None:

@@ -10,6 +10,7 @@ from kvspec._core import (
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.native.shm_channel import ShmChannel
 from kvspec.native.swa_radix_cache import SWARadixCache
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
+    "ShmChannel",
     "TokenToKVPoolAllocator",
 ]

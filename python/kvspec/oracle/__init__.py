@@ -6,6 +6,7 @@ from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.oracle.shm_channel import ShmChannel
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
@@ -23,6 +24,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "ShmChannel",
     "TokenToKVPoolAllocator",
     "check_memory",
     "get_swa_token_info",

@@ -8,8 +8,10 @@ end that sleeps on this one looks every `death_check` seconds.
 
 import ctypes
 import fcntl
+import os
 import struct
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -18,12 +20,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kvspec.errors import ContractError, PeerDiedError
+from kvspec.interfaces.shm_channel import ShmChannelView
 from kvspec.oracle.shared_memory import SharedSegment
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from kvspec.interfaces.shm_channel import ShmChannelView
 
 __all__ = ["ReadBlock", "ShmChannel", "WriteBlock"]
 
@@ -98,18 +99,16 @@ class WriteBlock(_Block):
 
     def commit(self, nbytes: int) -> None:
         """Make the first `nbytes` bytes the next message (CHAN-13, CHAN-17)."""
-        with self._end._turn("commit"):
-            self._require_open()
-            if not 0 <= nbytes <= len(self._bytes):
-                raise ContractError(f"CHAN-17: {nbytes} bytes are not in [0, {len(self._bytes)}]")
-            self._let_go()
-            self._end._publish(nbytes)
+        self._require_open()
+        if not 0 <= nbytes <= len(self._bytes):
+            raise ContractError(f"CHAN-17: {nbytes} bytes are not in [0, {len(self._bytes)}]")
+        self._let_go()
+        self._end._publish(nbytes)
 
     def give_up(self) -> None:
         """Send nothing (CHAN-14)."""
-        with self._end._turn("give_up"):
-            if self._end._block is self:
-                self._let_go()
+        if self._end._block is self:
+            self._let_go()
 
     def __exit__(
         self,
@@ -125,10 +124,9 @@ class ReadBlock(_Block):
 
     def release(self) -> None:
         """Give the block back for another message (CHAN-15)."""
-        with self._end._turn("release"):
-            self._require_open()
-            self._let_go()
-            self._end._advance()
+        self._require_open()
+        self._let_go()
+        self._end._advance()
 
     def __exit__(
         self,
@@ -149,6 +147,8 @@ class ShmChannel:
         self.reader = reader
         self._death_check = 0.1
         self._segment: SharedSegment | None = segment
+        self._fd = os.open(f"/dev/shm/{segment.name}", os.O_RDWR | os.O_CLOEXEC)
+        self._unlock = weakref.finalize(self, os.close, self._fd)  # and the lock goes with it
         self._map(segment)
         self._block: _Block | None = None
         self._busy = Lock()
@@ -195,12 +195,19 @@ class ShmChannel:
             raise ContractError(f"CHAN-5: reader {reader} is not in [0, {shape[2]})")
         self = cls(segment, shape, reader)
         if not self._lock(1 + reader):
-            raise ContractError(f"CHAN-5: the place of reader {reader} is attached, not absent")
+            raise self._no_place("attached")
         if self._states[reader] != ABSENT:
-            state = self._state_of(reader)
-            raise ContractError(f"CHAN-5: the place of reader {reader} is {state}, not absent")
+            gone = self._states[reader] == ATTACHED
+            raise self._no_place("gone" if gone else self._state_of(reader))
         self._set_state(reader, ATTACHED)
         return self
+
+    def _no_place(self, state: str) -> ContractError:
+        """Why the place is not this end's, which lets go of it: an error keeps its frames."""
+        self._unlock()
+        return ContractError(
+            f"CHAN-5: the place of reader {self.reader} is {state}, not absent"
+        )
 
     @contextmanager
     def _turn(self, name: str, writes: bool | None = None, timeout: float | None = 0) -> Iterator[None]:
@@ -252,6 +259,7 @@ class ShmChannel:
                 self._set_state(self.reader, LEFT)
             segment, self._segment = self._segment, None
             del self._memory, self._words, self._halves
+            self._unlock()
             segment.close()
 
     def counters(self) -> dict[str, int]:
@@ -423,7 +431,7 @@ class ShmChannel:
     def _message(self, timeout: float | None) -> bool:
         def over() -> bool:
             # What was sent is looked at after the writer was: it may have sent before it went.
-            closed, gone = self._closed, self._is_gone(0)
+            gone, closed = self._is_gone(0), self._closed
             if self._left() or not (closed or gone):
                 return False
             if closed:
@@ -468,9 +476,8 @@ class ShmChannel:
         return True
 
     def _control(self, command: int, place: int, kind: int) -> int:
-        assert self._segment is not None
         lock = struct.pack("hhqqi4x", kind, 0, LOCKS + place, 1, 0)
-        found: int = struct.unpack("h", fcntl.fcntl(self._segment.fd, command, lock)[:2])[0]
+        found: int = struct.unpack("h", fcntl.fcntl(self._fd, command, lock)[:2])[0]
         return found
 
     def _is_gone(self, place: int) -> bool:
@@ -488,10 +495,8 @@ class ShmChannel:
 
     # -- checking --------------------------------------------------------------------------------
 
-    def view(self) -> "ShmChannelView":
+    def view(self) -> ShmChannelView:
         """The abstract state."""
-        from kvspec.interfaces.shm_channel import ShmChannelView
-
         if self._segment is None:
             return ShmChannelView(True, self.reader, "", 0, (), (), None)
         readers = range(self.reader_count)
@@ -499,7 +504,7 @@ class ShmChannel:
         return ShmChannelView(
             closed=False,
             reader=self.reader,
-            writer="closed" if self._closed else "gone" if gone else "open",
+            writer="closed" if self._closed else "gone" if gone else "open",  # in this order
             written=self._written,
             read=tuple(map(self._read, readers)),
             readers=tuple(map(self._state_of, readers)),
@@ -513,8 +518,9 @@ class ShmChannel:
             if self._words[:4].tolist() != [MAGIC, *shape]:
                 raise ContractError("CHAN-2: the description in the segment is not the channel's")
             for reader in self._counted():
-                read, written = self._read(reader), self._written
-                if not read <= written <= read + self.block_count:
+                # Others go on meanwhile: `before` <= what was written when `read` was read.
+                before, read, written = self._written, self._read(reader), self._written
+                if read > written or (before > read + self.block_count and reader in self._counted()):
                     raise ContractError(
                         f"CHAN-1: reader {reader} has received {read} of {written} messages,"
                         f" in {self.block_count} blocks"
@@ -544,6 +550,7 @@ def _buffer(given: Any, clause: str) -> memoryview:
         found.tensor = given
         return memoryview(found).cast("B")
     try:
-        return memoryview(given).cast("B")
+        whole = memoryview(given)
+        return whole.cast("B") if whole.nbytes else memoryview(bytearray())
     except TypeError:
         raise ContractError(f"{clause}: {type(given).__name__} is no contiguous buffer") from None
