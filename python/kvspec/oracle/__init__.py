@@ -6,6 +6,7 @@ from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.oracle.shared_memory import SharedSegment
 from kvspec.oracle.shm_channel import ShmChannel
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
@@ -24,6 +25,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "ShmChannel",
     "TokenToKVPoolAllocator",
     "check_memory",

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,3 +36,8 @@ def numbers(given: "Sequence[int] | Tensor | memoryview", clause: str) -> list[i
 def tensor(given: Sequence[int]) -> Tensor:
     """An int64 tensor on the CPU."""
     return torch.tensor(given, dtype=torch.int64)
+
+
+def memory_tensor(memory: Any) -> Tensor:
+    """A uint8 tensor over the memory of an object that it keeps alive: something with a buffer."""
+    return torch.frombuffer(memory, dtype=torch.uint8)
