@@ -1,7 +1,9 @@
 """Broken channels. Each must fail on the clause it breaks."""
 
+import atexit
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import kvspec.oracle
@@ -9,7 +11,7 @@ from kvspec.conformance.mutants import Registry
 from kvspec.conformance.shm_channel import ShmChannelConformance
 from kvspec.errors import ContractError, PeerDiedError
 from kvspec.oracle import ShmChannel
-from kvspec.oracle.shm_channel import ABSENT, ATTACHED, LEFT, ReadBlock, WriteBlock
+from kvspec.oracle.shm_channel import ATTACHED, LEFT, ReadBlock, WriteBlock
 
 registry = Registry(ShmChannelConformance, kvspec.oracle)
 
@@ -28,7 +30,7 @@ class Impatient(ShmChannel):
 )
 class ForgetsTheSlowest(Impatient):
     def _room(self, timeout: float | None) -> bool:
-        fastest = max((self._read(r) for r in self._counted()), default=0)
+        fastest = max((self._read(r) for r in self._counted()), default=-self.block_count)
         return self._written - fastest < self.block_count or super()._room(timeout)
 
 
@@ -42,19 +44,25 @@ class HasOneBlockTooMany(Impatient):
             self.block_count -= 1
 
 
-@registry.mutant("CHAN-2", "CHAN-25")
-class TakesPlacesForItsReaders(Impatient):
-    @classmethod
-    def create(cls, label: str, block_bytes: int, block_count: int, reader_count: int) -> Self:
-        self = super().create(label, block_bytes, block_count, reader_count)
-        self._came = True
-        return self
+@registry.mutant("CHAN-2")
+class HasEverySegmentTwice(Impatient):
+    """The name of the segment outlives the channel."""
 
-    @property
-    def _states(self) -> list[int]:
-        states = super()._states
-        came = getattr(self, "_came", False)
-        return [ATTACHED if came and state == ABSENT else state for state in states]
+    def close(self) -> None:
+        name = self.name
+        super().close()
+        if self.reader is not None and not Path("/dev/shm", name).exists():
+            Path("/dev/shm", name).touch()
+            _LEFT_BEHIND.append(name)
+
+
+_LEFT_BEHIND: list[str] = []
+
+
+@atexit.register
+def _remove() -> None:
+    for name in _LEFT_BEHIND:
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 @registry.mutant("CHAN-3")
@@ -152,17 +160,19 @@ class PublishesBeforeItLooks(Impatient):
             raise
 
 
-@registry.mutant("CHAN-9", "CHAN-1", "CHAN-4", "CHAN-15", "CHAN-18", "CHAN-7")
+@registry.mutant("CHAN-9", "CHAN-1", "CHAN-4", "CHAN-11", "CHAN-15", "CHAN-18", "CHAN-7")
 class ReceivesTheNewest(Impatient):
     def _offset(self, number: int) -> int:
         return super()._offset(number if self.reader is None else self._written - 1)
 
 
-@registry.mutant("CHAN-10", "CHAN-6", "CHAN-8", "CHAN-9", "CHAN-7", "CHAN-13", "CHAN-17")
-class TakesNothingForAnEmptyMessage(Impatient):
-    def receive(self, timeout: float | None = None) -> bytes | None:
-        message = super().receive(timeout)
-        return message if message is not None or self._closed else b""
+@registry.mutant("CHAN-10")
+class CountsWhatDidNotCome(Impatient):
+    def read_block(self, timeout: float | None = None) -> ReadBlock | None:
+        block = super().read_block(timeout)
+        if block is None and timeout and not self._closed:
+            self._advance()
+        return block
 
 
 @registry.mutant("CHAN-11")
@@ -281,7 +291,7 @@ class EndsBeforeWhatIsLeft(Impatient):
         return not self._closed and super()._message(timeout)
 
 
-@registry.mutant("CHAN-18")
+@registry.mutant("CHAN-18", "CHAN-27")
 class NeverEnds(Impatient):
     @property
     def ended(self) -> bool:
@@ -323,9 +333,8 @@ class LosesWhatADeadWriterSent(Impatient):
 @registry.mutant("CHAN-22", "CHAN-5", "CHAN-23", "CHAN-24", reports=("VL-45644",))
 class CannotGoOnWithoutAReader(Impatient):
     def drop_reader(self, reader: int) -> None:
-        states = self._states
         super().drop_reader(reader)
-        super()._set_state(reader, states[reader])
+        super()._set_state(reader, ATTACHED)
 
 
 @registry.mutant("CHAN-23")
@@ -358,18 +367,11 @@ class TakesANegativeTimeForNone(Impatient):
 
 
 @registry.mutant("CHAN-26")
-class LetsThreadsIn(Impatient):
-    @contextlib.contextmanager
-    def _turn(
-        self, name: str, writes: bool | None = None, timeout: float | None = 0
-    ) -> Iterator[None]:
-        held = self._busy.locked()
-        if held:
-            self._busy.release()
-        with super()._turn(name, writes, timeout):
-            yield
-        if held:
-            self._busy.acquire(blocking=False)
+class OpensASecondBlock(Impatient):
+    def _require(self, name: str, writes: bool, timeout: float | None) -> None:
+        block, self._block = self._block, None
+        super()._require(name, writes, timeout)
+        self._block = block
 
 
 @registry.mutant("CHAN-28")

@@ -326,8 +326,10 @@ class ShmChannelConformance(Conformance):
         raw = writer.write_block()
         raw.data[:] = b"x" * 16
         self.block(raw, writer).give_up()
+        assert writer.view().written == 0
         with writer.write_block() as block:
             block.data[:] = b"y" * 16
+        assert writer.view().written == 0
         with pytest.raises(KeyError), writer.write_block() as block:
             block.data[:] = b"z" * 16
             raise KeyError
