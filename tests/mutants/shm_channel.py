@@ -101,7 +101,9 @@ class BelievesWhatTheSegmentSays(Impatient):
         try:
             return super().attach(name, reader)
         except ContractError as error:
-            raise (error if "no channel" not in str(error) else PeerDiedError("CHAN-21: no")) from None
+            raise (
+                error if "no channel" not in str(error) else PeerDiedError("CHAN-21: no")
+            ) from None
 
 
 @registry.mutant("CHAN-6", "CHAN-9", "CHAN-11", "CHAN-15", "CHAN-30")

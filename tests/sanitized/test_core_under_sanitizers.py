@@ -17,6 +17,7 @@ from kvspec.conformance.page_allocator import PageAllocatorConformance
 from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.conformance.radix_cache import RadixCacheConformance
 from kvspec.conformance.request_pool import RequestPoolConformance
+from kvspec.conformance.shm_channel import ShmChannelConformance
 from kvspec.conformance.slot_allocator import SlotAllocatorConformance
 from kvspec.conformance.swa_allocator import SWAAllocatorConformance
 from kvspec.conformance.swa_radix_cache import SWARadixCacheConformance
@@ -40,6 +41,10 @@ class TestSWAAllocator(SWAAllocatorConformance):
 
 
 class TestRequestPool(RequestPoolConformance):
+    impl = kvspec
+
+
+class TestShmChannel(ShmChannelConformance):
     impl = kvspec
 
 

@@ -174,9 +174,7 @@ class ShmChannelConformance(Conformance):
         elif state == "gone":
             ends.clear()
         assert writer.view().readers[0] == state
-        self.refuses(
-            writer, "CHAN-5", lambda: self.end("attach", name=writer.name, reader=0)
-        )
+        self.refuses(writer, "CHAN-5", lambda: self.end("attach", name=writer.name, reader=0))
 
     @clause("CHAN-5")
     @pytest.mark.parametrize(
@@ -187,7 +185,7 @@ class ShmChannelConformance(Conformance):
     def test_attach_refuses_what_is_no_channel(self, offset: int, data: bytes) -> None:
         writer = self.writer()
         poke(writer.name, offset, data)
-        with pytest.raises(ContractError, match="CHAN-5: the segment .* is no channel"):
+        with pytest.raises(ContractError, match=r"CHAN-5: the segment .* is no channel"):
             self.end("attach", name=writer.name, reader=0)
 
     # -- messages --------------------------------------------------------------------------------
@@ -469,7 +467,7 @@ class ShmChannelConformance(Conformance):
         assert writer.send(b"two", timeout=0)
         arguments = [b"three"] if call == "send" else []
         for timeout in (0, self.long, None):
-            with pytest.raises(PeerDiedError, match="CHAN-20: reader 1, 2 of .* is gone"):
+            with pytest.raises(PeerDiedError, match=r"CHAN-20: reader 1, 2 of .* is gone"):
                 getattr(writer, call)(*arguments, timeout=timeout)
         assert writer.view().written == 2
 
@@ -488,7 +486,7 @@ class ShmChannelConformance(Conformance):
         assert reader.receive() == b"one"
         arguments = [bytearray(16)] if call == "receive_into" else []
         for timeout in (0, self.long, None):
-            with pytest.raises(PeerDiedError, match="CHAN-21: the writer of .* is gone, its 1"):
+            with pytest.raises(PeerDiedError, match=r"CHAN-21: the writer of .* is gone, its 1"):
                 getattr(reader, call)(*arguments, timeout=timeout)
         assert not reader.ended
 

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReadBlock", "ShmChannel", "WriteBlock"]
 
-_VIEWED = (
-    "CHAN-16: somebody still has a view of the block: give up slices, arrays and tensors of it first"
-)
+_VIEWED = "CHAN-16: somebody still has a view of the block: give up slices, arrays and tensors of it first"
 
 
 class _Block:

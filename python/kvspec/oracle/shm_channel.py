@@ -36,7 +36,11 @@ STATE_NAMES = ("absent", "attached", "left", "dropped")
 BLOCK_HEADER = 64
 LOCKS = 2**62
 POLL_SECONDS = 0.001
-LIMITS = {"block_bytes": (2**40, "2^40"), "block_count": (2**20, "2^20"), "reader_count": (256, "256")}
+LIMITS = {
+    "block_bytes": (2**40, "2^40"),
+    "block_count": (2**20, "2^20"),
+    "reader_count": (256, "256"),
+}
 
 
 def _lines(nbytes: int) -> int:
@@ -205,12 +209,12 @@ class ShmChannel:
     def _no_place(self, state: str) -> ContractError:
         """Why the place is not this end's, which lets go of it: an error keeps its frames."""
         self._unlock()
-        return ContractError(
-            f"CHAN-5: the place of reader {self.reader} is {state}, not absent"
-        )
+        return ContractError(f"CHAN-5: the place of reader {self.reader} is {state}, not absent")
 
     @contextmanager
-    def _turn(self, name: str, writes: bool | None = None, timeout: float | None = 0) -> Iterator[None]:
+    def _turn(
+        self, name: str, writes: bool | None = None, timeout: float | None = 0
+    ) -> Iterator[None]:
         """A call of this end, or the reason why it may not be (CHAN-26)."""
         if not self._busy.acquire(blocking=False):
             raise ContractError(f"CHAN-26: {name}: another thread is in a call of this end")
@@ -271,7 +275,9 @@ class ShmChannel:
             "wakes": 0,
         }
 
-    def _wait(self, ready: Callable[[], bool], over: Callable[[], bool], timeout: float | None) -> bool:
+    def _wait(
+        self, ready: Callable[[], bool], over: Callable[[], bool], timeout: float | None
+    ) -> bool:
         """Whether it became ready before the timeout, or before it was over (CHAN-27)."""
         end = None if timeout is None else monotonic() + timeout
         while not ready():
@@ -520,7 +526,9 @@ class ShmChannel:
             for reader in self._counted():
                 # Others go on meanwhile: `before` <= what was written when `read` was read.
                 before, read, written = self._written, self._read(reader), self._written
-                if read > written or (before > read + self.block_count and reader in self._counted()):
+                if read > written or (
+                    before > read + self.block_count and reader in self._counted()
+                ):
                     raise ContractError(
                         f"CHAN-1: reader {reader} has received {read} of {written} messages,"
                         f" in {self.block_count} blocks"
