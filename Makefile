@@ -49,10 +49,13 @@ lockstep: venv  ## oracle against core, OPERATIONS over SEEDS (first:last), MEMO
 bench: venv peers  ## benchmarks; gates are on counters and on ratios
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only -p no:cacheprovider
 
-sanitize: venv  ## C++ tests and the Python lockstep tests under ASan and UBSan
+sanitize: venv  ## C++ tests and the Python lockstep tests under ASan and UBSan, the channel's threads under TSan
 	cmake -S . -B build/sanitize/cpp -DKVSPEC_TESTS=ON -DKVSPEC_SANITIZE=ON -DKVSPEC_CUDA=OFF
 	cmake --build build/sanitize/cpp
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 ctest --test-dir build/sanitize/cpp --output-on-failure
+	cmake -S . -B build/sanitize/threads -DKVSPEC_TESTS=ON -DKVSPEC_SANITIZE_THREADS=ON -DKVSPEC_CUDA=OFF
+	cmake --build build/sanitize/threads --target test_shm_channel
+	TSAN_OPTIONS=halt_on_error=1 build/sanitize/threads/test_shm_channel
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(SITE) \
 	  -C build-dir=build/sanitize/cmake -C cmake.define.KVSPEC_SANITIZE=ON \
 	  -C cmake.build-type=RelWithDebInfo -C install.strip=false .

@@ -51,8 +51,14 @@ def said(process: "subprocess.Popen[str]") -> str:
 
 def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
     """What it still said; it must end by itself."""
-    out, error = process.communicate(timeout=BOUND_SECONDS)
-    assert process.returncode == status, error
+    assert process.stdout is not None
+    assert process.stderr is not None
+    killer = threading.Timer(BOUND_SECONDS, process.kill)
+    killer.start()
+    out, error = process.stdout.read(), process.stderr.read()
+    assert process.wait() == status, error
+    killer.cancel()
+    killer.join()
     return out.strip()
 
 

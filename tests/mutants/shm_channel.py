@@ -211,7 +211,9 @@ class Unfinished(WriteBlock):
         self._end._words[128 // 8] = written
 
 
-@registry.mutant("CHAN-13", "CHAN-14", "CHAN-16", "CHAN-17", "CHAN-26", reports=("VL-29389",))
+@registry.mutant(
+    "CHAN-13", "CHAN-14", "CHAN-16", "CHAN-17", "CHAN-21", "CHAN-26", reports=("VL-29389",)
+)
 class PublishesBeforeTheData(Impatient):
     """A reader sees that a message is there before its bytes are."""
 
