@@ -59,7 +59,27 @@ def die(phase: str, channel: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def drain(channel: Any) -> None:
+    """Receive into one buffer, and say so at every empty message."""
+    buffer = bytearray(channel.block_bytes)
+    while (nbytes := channel.receive_into(buffer)) is not None:
+        if nbytes == 0:
+            print("drained", flush=True)
+
+
+def acknowledge(given: str, back: str) -> None:
+    """What comes through a pipe is answered by a byte, until nothing comes."""
+    from multiprocessing.connection import Connection
+
+    messages, answers = Connection(int(given)), Connection(int(back))
+    print("attached", flush=True)
+    while messages.recv_bytes():
+        answers.send_bytes(b"1")
+
+
 def main(folder: str, role: str, name: str, *more: str) -> None:
+    if role == "pipe":
+        return acknowledge(name, *more)
     ends = channel_class(folder)
     if role == "write":
         shape, count, phase = [int(word) for word in more[:3]], more[3], more[4:]
@@ -70,18 +90,19 @@ def main(folder: str, role: str, name: str, *more: str) -> None:
             channel.send(pattern(number, 1 + number * 7919 % shape[0]), timeout=60)
         if phase:
             die(phase[0], channel)
-        channel.close()
-        return
+        return channel.close()
     channel = ends.attach(name, int(more[0]))
     print("attached", flush=True)
     if role == "read":
         print(read(channel), flush=True)
+    elif role == "drain":
+        drain(channel)
     elif role == "sleep":
         sys.stdin.read()
         print("slept", flush=True)
     else:
         die(role, channel)
-    channel.close()
+    return channel.close()
 
 
 if __name__ == "__main__":
