@@ -49,7 +49,10 @@ lockstep: venv  ## oracle against core, OPERATIONS over SEEDS (first:last), MEMO
 bench: venv peers  ## benchmarks; gates are on counters and on ratios
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only -p no:cacheprovider
 
-sanitize: venv  ## C++ tests and the Python suites of the core, in one build with ASan and UBSan
+sanitize: venv  ## C++ tests and the Python suites in one build with ASan and UBSan; the channel's threads under TSan
+	cmake -S . -B build/sanitize/threads -DKVSPEC_TESTS=ON -DKVSPEC_SANITIZE_THREADS=ON -DKVSPEC_CUDA=OFF
+	cmake --build build/sanitize/threads --target test_shm_channel_threads
+	TSAN_OPTIONS=halt_on_error=1 build/sanitize/threads/test_shm_channel_threads
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $(SITE) \
 	  -C build-dir=build/sanitize/cmake -C cmake.define.KVSPEC_SANITIZE=ON -C cmake.define.KVSPEC_TESTS=ON \
 	  -C cmake.build-type=RelWithDebInfo -C install.strip=false .

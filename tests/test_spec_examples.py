@@ -29,6 +29,14 @@ def names(impl: ModuleType) -> dict[str, Any]:
     def with_defaults(make: Any, defaults: dict[str, Any], **given: Any) -> Any:
         return make(**{**defaults, **given})
 
+    def channel(**given: Any) -> Any:
+        shape = {"label": "example", "block_bytes": 8, "block_count": 2, "reader_count": 1}
+        return impl.ShmChannel.create(**(shape | given))
+
+    def readers(writer: Any, *places: int) -> list[Any]:
+        attach = impl.ShmChannel.attach
+        return [attach(writer.name, r) for r in places or range(writer.reader_count)]
+
     memory |= {"need_sort": False}
     return {
         "numbers": numbers,
@@ -41,6 +49,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "arena": impl.HostArena,
         "torch": torch,
         "ledger": partial(impl.OwnershipLedger, page_size=4, row_count=2),
+        "channel": channel,
+        "readers": readers,
         "radix": partial(System.make, impl),
         "swaradix": partial(System.make, impl, kind="swaradix"),
         "swachunk": partial(System.make, impl, kind="swachunk", handed_out=False),

@@ -11,6 +11,7 @@ void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
 void bind_request_pool(nb::module_& m);
 void bind_shared_memory(nb::module_& m);
+void bind_shm_channel(nb::module_& m);
 void bind_slot_allocator(nb::module_& m);
 void bind_swa_allocator(nb::module_& m);
 
@@ -46,6 +47,7 @@ NB_MODULE(_core, m) {
   bind_request_pool(m);
   bind_host_memory(m);
   bind_shared_memory(m);
+  bind_shm_channel(m);
   bind_radix_cache(m);
   bind_ownership_ledger(m);
 }

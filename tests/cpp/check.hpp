@@ -8,6 +8,7 @@
 // of failed ones (at most 1).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -44,9 +45,9 @@ struct Registered {
 }
 
 // Allocations to grant before one fails; negative: all of them.
-inline std::int64_t allocations_granted = -1;
+inline std::atomic<std::int64_t> allocations_granted = -1;
 // Allocations asked for since the program began.
-inline std::int64_t allocation_count = 0;
+inline std::atomic<std::int64_t> allocation_count = 0;
 
 // While it lives, the n-th allocation from its birth (n >= 1) throws std::bad_alloc, once.
 class FailNthAllocation {

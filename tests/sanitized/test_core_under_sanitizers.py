@@ -19,6 +19,7 @@ from kvspec.conformance.page_allocator import PageAllocatorConformance
 from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.conformance.radix_cache import RadixCacheConformance
 from kvspec.conformance.request_pool import RequestPoolConformance
+from kvspec.conformance.shm_channel import ShmChannelConformance
 from kvspec.conformance.slot_allocator import SlotAllocatorConformance
 from kvspec.conformance.suite import short_fuzzing
 from kvspec.conformance.swa_allocator import SWAAllocatorConformance
@@ -49,6 +50,10 @@ class TestSWAAllocator(SWAAllocatorConformance):
 
 
 class TestRequestPool(RequestPoolConformance):
+    impl = kvspec
+
+
+class TestShmChannel(ShmChannelConformance):
     impl = kvspec
 
 

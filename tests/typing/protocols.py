@@ -10,6 +10,7 @@ from kvspec.interfaces.prefix_key import PageHashes
 from kvspec.interfaces.radix_cache import RadixCache
 from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.shared_memory import SharedSegment
+from kvspec.interfaces.shm_channel import ShmChannel
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator
 from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.interfaces.swa_radix_cache import SWARadixCache
@@ -41,3 +42,4 @@ check: CheckMemory = oracle.check_memory
 ledgers: list[type[OwnershipLedger]] = [native.OwnershipLedger, oracle.OwnershipLedger]
 segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]
 arenas: list[type[HostArena]] = [native.HostArena, oracle.HostArena]
+channels: list[type[ShmChannel]] = [native.ShmChannel, oracle.ShmChannel]

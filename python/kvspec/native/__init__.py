@@ -11,6 +11,7 @@ from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.native.host_memory import HostArena
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.native.shm_channel import ShmChannel
 from kvspec.native.swa_radix_cache import SWARadixCache
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
+    "ShmChannel",
     "TokenToKVPoolAllocator",
 ]

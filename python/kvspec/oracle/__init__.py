@@ -9,6 +9,7 @@ from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.oracle.shared_memory import SharedSegment
+from kvspec.oracle.shm_channel import ShmChannel
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
@@ -29,6 +30,7 @@ __all__ = [
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
+    "ShmChannel",
     "TokenToKVPoolAllocator",
     "check_memory",
     "get_swa_token_info",
