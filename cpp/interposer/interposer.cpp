@@ -203,11 +203,11 @@ void note_mark(std::uint32_t next, bool begins) {
   record->values[0] = static_cast<std::uint64_t>(use.ru_minflt);
   record->values[1] = static_cast<std::uint64_t>(use.ru_majflt);
   record->values[2] = word(sbrk(0));
-  record->values[3] = now(CLOCK_REALTIME);
   statm(&record->values[4], &record->values[5]);
   record->result = begins ? 1 : 0;
   record->phase = next;
   record->thread = static_cast<std::uint32_t>(syscall(SYS_gettid));
+  record->values[3] = now(CLOCK_REALTIME);  // both clocks at once: strace has this one
   record->begin_ns = record->end_ns = now(CLOCK_MONOTONIC);
   record->entry = Entry::mark;
 }

@@ -1,5 +1,5 @@
 // What glibc's malloc does in a process that has done nothing yet, as one line of JSON: where it
-// puts a chunk, when that changes, what has pages, what goes back (CHAIN-9 to CHAIN-13).
+// puts a chunk, when that changes, what has pages, what goes back (CHAIN-14 to CHAIN-17).
 // Each question is put to a fork, so that no answer changes the state of the next.
 
 #include <cstdint>

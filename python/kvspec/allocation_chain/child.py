@@ -20,8 +20,9 @@ from typing import Any
 
 _PAGE = mmap.PAGESIZE
 _STEPS = 64
+_MAPS_BYTES = 2 << 20
 _HOW = {"page": 0, "all": 1, "read": 2}
-_ALLOCATE, _TOUCH, _FREE = 1, 2, 3
+_ALLOCATE, _TOUCH, _FREE, _FIRST_USE = 1, 2, 3, 4
 _HEADER, _RECORD_FRAMES = struct.Struct("<4Q"), struct.Struct("<I32Q")
 
 _Arena = tuple[Any, int, Callable[[], object]]
@@ -115,6 +116,29 @@ class Marks:
         )
 
 
+class Maps:
+    """/proc/self/maps around each phase, read into memory that was there before the first."""
+
+    def __init__(self) -> None:
+        self._file = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+        self._rooms = [mmap.mmap(-1, _MAPS_BYTES) for _ in range(6)]  # shared: merged with nothing
+        self._read: list[tuple[str, int]] = []
+
+    def read(self, phase: str) -> None:
+        room = memoryview(self._rooms[len(self._read)])
+        at = 0
+        while got := os.preadv(self._file, [room[at:]], at):
+            at += got
+        self._read.append((phase, at))
+
+    def texts(self) -> dict[str, list[str]]:
+        """Before and after, by phase."""
+        found: dict[str, list[str]] = {}
+        for room, (phase, length) in zip(self._rooms, self._read, strict=False):
+            found.setdefault(phase, []).append(room[:length].decode("utf-8", "replace"))
+        return found
+
+
 def _statm() -> tuple[int, int]:
     with open("/proc/self/statm", "rb") as file:
         virtual, resident = file.read().split()[:2]
@@ -137,8 +161,6 @@ def resident_bytes(libc: Any, address: int, nbytes: int) -> int | None:
 
 def state(libc: Any, address: int | None, nbytes: int) -> dict[str, Any]:
     """What the kernel and libc say now. `smaps` is of the mapping that holds the address."""
-    with open("/proc/self/maps", encoding="utf-8") as file:
-        maps = file.read()
     with open("/proc/self/status", encoding="utf-8") as file:
         status = file.read()
     info: dict[str, int] | None = None
@@ -147,7 +169,6 @@ def state(libc: Any, address: int | None, nbytes: int) -> dict[str, Any]:
         found = libc.mallinfo2()
         info = {name: getattr(found, name) for name in ("arena", "hblks", "hblkhd", "uordblks")}
     return {
-        "maps": maps,
         "smaps": None if address is None else _block(address),
         "status": status,
         "malloc": info,
@@ -248,22 +269,31 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     libc.sbrk.argtypes = [ctypes.c_ssize_t]
     marks, nbytes = Marks(libc), request["nbytes"]
     open_arena = opener(request, request["core"])
-    *_, close = open_arena(_PAGE if request["options"]["huge_pages"] == "no" else nbytes)
-    close()  # a first one, so that what a process does once is not taken for the allocation's
+    maps = Maps()
+    marks.begin(_FIRST_USE)  # so that what a process does once is not taken for the allocation's
+    *_, close = open_arena(_PAGE)
+    close()
+    marks.end()
     gc.collect()
     gc.disable()
     states = {"before": state(libc, None, 0)}
+    maps.read("allocate")
     marks.begin(_ALLOCATE)
     arena, address, close = open_arena(nbytes)
     marks.end()
+    maps.read("allocate")
     states["allocated"] = state(libc, address, nbytes)
     if request["touch"] is not None:
+        maps.read("touch")
         _touch(marks, address, nbytes, request["touch"])
+        maps.read("touch")
         states["touched"] = state(libc, address, nbytes)
     mapped, name = arena.mapped_bytes, getattr(arena, "name", None)
+    maps.read("free")
     marks.begin(_FREE)
     close()
     marks.end()
+    maps.read("free")
     states["freed"] = state(libc, address, nbytes)
     ring = request["ring"]
     return {
@@ -271,6 +301,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
         "entries": marks.entries,
         "names": names_of(libc, _frames(*ring)) if marks.attached else {},
         "states": states,
+        "maps": maps.texts(),
         "address": address,
         "mapped_bytes": mapped,
         "name": name,

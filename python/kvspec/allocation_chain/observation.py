@@ -21,18 +21,10 @@ PhaseName = Literal["allocate", "touch", "free"]
 StateName = Literal["before", "allocated", "touched", "freed"]
 
 _UNKNOWN = (1 << 64) - 1
-_AROUND: dict[PhaseName, tuple[StateName, ...]] = {
-    "allocate": ("before", "allocated"),
-    "touch": ("allocated", "touched"),
-    "free": ("touched", "freed"),
-}
+_PHASES = ("allocate", "touch", "free")
 
 
-class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of the JSON: its keys are these fields, and no others."""
-
-
-class Frame(Struct):
+class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One caller in a stack."""
 
     library: str | None
@@ -43,7 +35,7 @@ class Frame(Struct):
     """Into the function, or into the library if there is no symbol."""
 
 
-class LibraryCall(Struct):
+class LibraryCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A call of libc or of the CUDA runtime that the interposer saw."""
 
     function: str
@@ -63,7 +55,7 @@ class LibraryCall(Struct):
     """Who called, the innermost first."""
 
 
-class SystemCall(Struct):
+class SystemCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A system call that strace saw, in its words."""
 
     name: str
@@ -75,7 +67,7 @@ class SystemCall(Struct):
     """Since the begin of the allocation, to a microsecond."""
 
 
-class Phase(Struct):
+class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Between two marks. Sizes in bytes; of the whole process, by the kernel's counters."""
 
     name: PhaseName
@@ -91,7 +83,7 @@ class Phase(Struct):
     """How far the program break moved; None for the touch, at which nobody looked."""
 
 
-class Sample(Struct):
+class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One look during the touch."""
 
     at_ns: int
@@ -105,7 +97,7 @@ class Sample(Struct):
     major_faults: int
 
 
-class State(Struct):
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the process read of itself between two phases. Bytes."""
 
     virtual: int | None
@@ -128,14 +120,14 @@ class State(Struct):
     """The same with the sizes of smaps."""
 
 
-class Source(Struct):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who saw a kind of fact, or why nobody did: one of the two is None."""
 
     by: str | None
     why_not: str | None
 
 
-class Observation(Struct):
+class Observation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an allocation did. The keys of the JSON. Times in ns, sizes in bytes."""
 
     version: int
@@ -157,7 +149,7 @@ class Observation(Struct):
     """Calls that the ring had no room for."""
     system_calls: tuple[SystemCall, ...] | None
     mapping_changes: dict[PhaseName, tuple[Change, ...]]
-    """Ranges that came and went in each phase and in what was read after it."""
+    """Ranges that came and went in each phase."""
     timeline: tuple[Sample, ...] | None
     """None if it was not touched."""
 
@@ -168,7 +160,7 @@ class Observation(Struct):
 
 def observe(recording: Recording) -> Observation:
     """Read a recording. What nobody saw is None, and `sources` says why (CHAIN-1)."""
-    marks = [entry for entry in recording.entries if entry.entry == "mark"]
+    marks = [e for e in recording.entries if e.entry == "mark" and PHASES[e.phase] in _PHASES]
     steps = [entry for entry in recording.entries if entry.entry == "step"]
     zero = marks[0].begin_ns
     states = {name: _state(given) for name, given in recording.states.items()}
@@ -188,7 +180,7 @@ def observe(recording: Recording) -> Observation:
         library_calls=_library_calls(recording, zero) if seen else None,
         dropped_calls=recording.dropped if seen else None,
         system_calls=_system_calls(recording, marks[0]),
-        mapping_changes=_mapping_changes(recording.states),
+        mapping_changes=_mapping_changes(recording.maps),
         timeline=_timeline(steps, zero) if recording.request.touch is not None else None,
     )
 
@@ -249,7 +241,8 @@ def _phases(marks: Sequence[Entry], steps: Sequence[Entry], zero: int) -> tuple[
 
 
 def _phase_name(number: int) -> PhaseName:
-    return msgspec.convert(PHASES[number], PhaseName)
+    name: PhaseName = msgspec.convert(PHASES[number], PhaseName)
+    return name
 
 
 def _timeline(steps: Sequence[Entry], zero: int) -> tuple[Sample, ...]:
@@ -272,7 +265,7 @@ def _library_calls(recording: Recording, zero: int) -> tuple[LibraryCall, ...]:
     nothing: tuple[str | None, str | None, int] = (None, None, 0)
     calls = []
     for entry in recording.entries:
-        if entry.entry != "call" or not entry.phase:
+        if entry.entry != "call" or PHASES[entry.phase] not in _PHASES:
             continue
         names = [recording.names.get(str(frame), nothing) for frame in entry.frames]
         calls.append(
@@ -297,8 +290,15 @@ def _library_calls(recording: Recording, zero: int) -> tuple[LibraryCall, ...]:
 
 _ARGUMENTS = {
     **dict.fromkeys(("malloc", "free", "brk", "sbrk", "shm_unlink", "cudaFreeHost"), 1),
-    **{"cudaHostUnregister": 1, "madvise": 3, "shm_open": 3, "posix_fallocate": 3},
-    **{"cudaHostAlloc": 3, "cudaHostRegister": 3, "mremap": 4, "mmap": 6, "mmap64": 6},
+    "cudaHostUnregister": 1,
+    "madvise": 3,
+    "shm_open": 3,
+    "posix_fallocate": 3,
+    "cudaHostAlloc": 3,
+    "cudaHostRegister": 3,
+    "mremap": 4,
+    "mmap": 6,
+    "mmap64": 6,
 }
 """How many arguments a function has; two, if it is not here."""
 
@@ -358,16 +358,16 @@ def _state(given: dict[str, Any]) -> State:
     )
 
 
-def _mapping_changes(states: dict[str, dict[str, Any]]) -> dict[PhaseName, tuple[Change, ...]]:
+def _mapping_changes(maps: dict[str, list[str]]) -> dict[PhaseName, tuple[Change, ...]]:
     """By phase: what maps says after it and did not say before."""
-    found: dict[PhaseName, tuple[Change, ...]] = {}
-    for phase, (before, after) in _AROUND.items():
-        if phase == "touch" and "touched" not in states:
-            continue
-        earlier = before if before in states else "allocated"
-        maps = (read_maps(states[name]["maps"]) for name in (earlier, after))
-        found[phase] = tuple(changes(*maps))
-    return found
+    found = {
+        phase: tuple(changes(read_maps(before), read_maps(after)))
+        for phase, (before, after) in maps.items()
+    }
+    checked: dict[PhaseName, tuple[Change, ...]] = msgspec.convert(
+        found, dict[PhaseName, tuple[Change, ...]]
+    )
+    return checked
 
 
 def library_name(path: str | None) -> str:

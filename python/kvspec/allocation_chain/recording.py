@@ -54,6 +54,8 @@ class Recording(msgspec.Struct, frozen=True):
     """Library, symbol and offset of each return address."""
     states: dict[str, dict[str, Any]]
     """What the process read of /proc/self before, allocated, touched, freed."""
+    maps: dict[str, list[str]]
+    """/proc/self/maps before and after each phase."""
     traced: str | None
     """What strace wrote; None with a reason in `traced_why`."""
     interposed_why: str | None

@@ -8,8 +8,8 @@ import msgspec
 
 __all__ = ["BYTES", "FRAMES_AT", "FUNCTIONS", "PHASES", "Entry", "empty_ring", "read_ring"]
 
-PHASES = ("", "allocate", "touch", "free")
-"""By number, as the marks give it; 0 is outside of all."""
+PHASES = ("", "allocate", "touch", "free", "first use")
+"""By number, as the marks give it; 0 is outside of all. Of the first use nothing is told."""
 
 FUNCTIONS = (
     *("malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign", "free"),

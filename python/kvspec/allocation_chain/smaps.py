@@ -2,20 +2,16 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
 __all__ = ["KINDS", "Change", "Kind", "Mapping", "changes", "holding", "read_maps", "read_smaps"]
 
-Kind = Literal[
-    *("heap", "anonymous", "shared memory", "hugetlb", "file", "device"),
-    *("stack", "kernel"),
+Kind: TypeAlias = Literal[
+    "heap", "anonymous", "shared memory", "hugetlb", "file", "device", "stack", "kernel"
 ]
-KINDS: tuple[Kind, ...] = (
-    *("heap", "anonymous", "shared memory", "hugetlb", "file", "device"),
-    *("stack", "kernel"),
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<perms>\S{4}) (?P<offset>[0-9a-f]+) "
@@ -120,11 +116,9 @@ def _kind(path: str, permissions: str, huge: bool) -> Kind:
         kind = "stack"
     elif name.startswith("[v") or name == "[uprobes]":
         kind = "kernel"
-    elif name.startswith(("/dev/shm/", "/memfd:", "/SYSV", "/dev/zero")) or (
-        name.startswith("[anon_shmem:")
-    ):
+    elif name.startswith(("/dev/shm/", "/memfd:", "/SYSV", "/dev/zero", "[anon_shmem:")):
         kind = "shared memory"
-    elif name.startswith("/dev/") or name.startswith("anon_inode:"):
+    elif name.startswith(("/dev/", "anon_inode:")):
         kind = "device"
     elif not name or name.startswith("["):
         kind = "shared memory" if not name and permissions[3] == "s" else "anonymous"

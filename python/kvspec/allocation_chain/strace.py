@@ -89,7 +89,7 @@ def strace_calls(text: str) -> list[TracedCall]:
         mark = _MARK.match(arguments) if name == "prctl" else None
         if mark is not None:
             phase = PHASES[int(mark["phase"], 0)] if int(mark["begins"], 0) else ""
-        elif phase and name != "prctl":
+        elif phase in PHASES[1:4] and name != "prctl":
             seconds, _, micro = at.partition(".")
             at_ns = int(seconds) * 10**9 + int(micro.ljust(9, "0"))
             found.append(TracedCall(name, arguments, result, phase, thread, at_ns))
@@ -97,7 +97,7 @@ def strace_calls(text: str) -> list[TracedCall]:
 
 
 def _whole(text: str) -> Iterator[tuple[int, str, str, str, str]]:
-    """Calls in the order in which they end; one that another thread's interrupts is put together."""
+    """Calls in the order in which they end; one that another interrupts is put together."""
     open_calls: dict[str, tuple[str, str]] = {}
     for line in text.splitlines():
         head = _LINE.fullmatch(line)
