@@ -23,9 +23,8 @@ _LARGE = 4096
 the allocation lies in what they return.
 """
 
-_MAPPING_CALLS = frozenset(FUNCTIONS) - {
-    *("malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign", "free")
-}
+_OF_MALLOC = frozenset(("malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign"))
+_MAPPING_CALLS = frozenset(FUNCTIONS) - _OF_MALLOC - {"free"}
 _SIZE_AT = {"calloc": 1, "realloc": 1, "aligned_alloc": 1, "posix_memalign": 1}
 
 
@@ -63,10 +62,15 @@ def _calls(observation: Observation, phase: PhaseName) -> Iterator[Line]:
         lines += _library_lines(call, callers, before)
         before = callers
     by = observation.sources["system_calls"].by
+    seen, traced = list[SystemCall](), list[SystemCall]()
     if by is not None:
         traced = [call for call in observation.system_calls or () if call.phase == phase]
-        lines += [_system_line(call, by) for call in traced if not _of_files(call)]
+        seen = [call for call in traced if _concerns(call, observation)]
+        lines += [_system_line(call, by) for call in seen]
     yield from sorted(lines, key=lambda line: line.at_ns or 0)
+    if by is not None and len(seen) < len(traced):
+        text = f"and {len(traced) - len(seen)} calls about other files"
+        yield Line(phase, None, "system call", text, by)
     rest = [call for call in calls if call not in told]
     if rest:
         yield _rest(phase, rest)
@@ -101,6 +105,8 @@ def _program(observation: Observation, phase: PhaseName) -> Line:
 def _matters(call: LibraryCall, observation: Observation) -> bool:
     """Whether a call is told in full: it maps, it is large, or the allocation is what it gave."""
     address = observation.address
+    if call.text is not None:  # of other segments: the arena takes over what the dead left
+        return observation.name is not None and observation.name in call.text
     if call.function in _MAPPING_CALLS:
         return True
     if call.function == "free":
@@ -220,12 +226,14 @@ _WORDS: dict[str, dict[int, Callable[[int], str]]] = {
 }
 
 
-def _of_files(call: SystemCall) -> bool:
-    """Files that are looked at are no part of the chain; devices and segments are."""
+def _concerns(call: SystemCall, observation: Observation) -> bool:
+    """Files that are looked at are no part of the chain; its segment and devices are."""
     if call.name == "ioctl":
-        return "</dev/" not in call.arguments
-    of_files = call.name in ("open", "openat", "unlink", "unlinkat")
-    return (of_files and '"/dev/' not in call.arguments) or '"/dev/shm"' in call.arguments
+        return "</dev/" in call.arguments and "</dev/pts" not in call.arguments
+    if call.name in ("open", "openat", "unlink", "unlinkat"):
+        own = observation.name is not None and f"{observation.name}" in call.arguments
+        return own or '"/dev/nvidia' in call.arguments
+    return True
 
 
 def _system_line(call: SystemCall, by: str) -> Line:
@@ -235,7 +243,7 @@ def _system_line(call: SystemCall, by: str) -> Line:
 
 def _rest(phase: PhaseName, calls: Sequence[LibraryCall]) -> Line:
     libraries = sorted({library_name(c.stack[0].library) for c in calls if c.stack})
-    asked = sum(_asked(call) for call in calls if call.function != "free")
+    asked = sum(_asked(call) for call in calls if call.function in _OF_MALLOC)
     text = f"and {len(calls)} calls for other blocks, {asked:,} bytes, by {', '.join(libraries)}"
     return Line(phase, None, "libc", text, "the interposer")
 

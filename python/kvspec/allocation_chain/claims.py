@@ -135,6 +135,7 @@ def _of_malloc(facts: Facts) -> Iterator[Claim]:
         *("CHAIN-15", fixed, first == moved == THRESHOLD),
         f"a new process maps from {first:,} bytes, and from {moved:,} once 1 MiB was freed",
     )
+    mapped = "goes at once" if found["mapped_after_free"] < 0 else "stays"
     touched = found["brk_resident_pages_after_ten_touched"]
     yield Claim(
         *("CHAIN-17", physical, found["brk_resident_pages"] * found["page"] == found["brk_bytes"]),
@@ -143,7 +144,7 @@ def _of_malloc(facts: Facts) -> Iterator[Claim]:
     )
     yield Claim(
         *("CHAIN-16", back, None),
-        f"a mapped chunk goes at once; 512 KiB of heap moved the break back by"
+        f"a mapped chunk {mapped}; 512 KiB of heap moved the break back by"
         f" {found['break_fell_after_free_of_512KiB']:,}, 64 KiB by"
         f" {found['break_fell_after_free_of_64KiB']:,}",
     )
@@ -181,9 +182,7 @@ def _of_the_kernel(facts: Facts) -> Iterator[Claim]:
 def _of_shared(facts: Facts) -> Iterator[Claim]:
     found = facts.kernel["tmpfs"]
     yield Claim(
-        *("CHAIN-20", "ftruncate sets the size of the segment, and its memory", False)
-        if found["truncated"] == 0
-        else ("CHAIN-20", "ftruncate sets the size of the segment, and its memory", True),
+        *("CHAIN-20", "ftruncate makes the segment, memory and all", found["truncated"] != 0),
         f"{found['truncated']:,} bytes reserved by ftruncate, {found['reserved']:,} by"
         f" posix_fallocate; shmem grew by {found['shared_grew']:,} when written",
     )

@@ -218,8 +218,8 @@ def _draw_faults(axes: Any, observation: Observation, axis: _Time) -> None:
                      [sample.minor_faults for sample in samples], width=widths, align="edge",
                      color="C2", alpha=0.8)  # fmt: skip
         else:
-            axes.bar([(begin + end) / 2], [phase.minor_faults], width=0.12, color=_SHADES[phase.name],
-                     alpha=0.8)  # fmt: skip
+            middle, shade = (begin + end) / 2, _SHADES[phase.name]
+            axes.bar([middle], [phase.minor_faults], width=0.12, color=shade, alpha=0.8)
         told = f"{phase.minor_faults:,} minor"
         if phase.major_faults:
             told += f", {phase.major_faults:,} major"

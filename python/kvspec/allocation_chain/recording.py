@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,8 +168,7 @@ def _run(
             said = _listen(child, progress)
             child.wait(_TIMEOUT_S)
         finally:
-            with_group = child.poll() is None
-            if with_group:
+            if child.poll() is None:  # interrupted, or refused and on its way out
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         if said is None:
@@ -202,16 +202,16 @@ def _listen(
     child: "subprocess.Popen[str]", progress: Callable[[int], object] | None
 ) -> dict[str, Any] | None:
     assert child.stdout is not None
-    for text in child.stdout:
-        line = json.loads(text)
-        if "touched" in line and progress is not None:
-            progress(line["touched"])
-        if "error" in line:
-            raise _raised(**line["error"])
-        if "done" in line:
-            found: dict[str, Any] = line["done"]
-            return found
-    return None
+    found: dict[str, Any] | None = None
+    with child.stdout as lines:
+        for text in lines:
+            line = json.loads(text)
+            if "touched" in line and progress is not None:
+                progress(line["touched"])
+            if "error" in line:
+                raise _raised(**line["error"])
+            found = line.get("done", found)
+    return found
 
 
 def _raised(type: str, text: str) -> Exception:
@@ -254,6 +254,7 @@ def _meminfo(field: str) -> int | None:
     return int(found[1]) if found else None
 
 
+@cache
 def demangled(symbol: str) -> str:
     """`c10::alloc_cpu(unsigned long)`; a name as it is where the C++ runtime is not at hand."""
     if not symbol.startswith("_Z"):
