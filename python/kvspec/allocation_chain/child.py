@@ -194,12 +194,17 @@ def _block(address: int) -> str | None:
 
 
 def _core(path: str) -> Any:
-    """The extension, without the package around it."""
-    spec = spec_from_file_location("kvspec._core", path)
+    """The extension, and the errors that it raises, without the package around them."""
+    _load("kvspec.errors", os.path.join(os.path.dirname(os.path.dirname(__file__)), "errors.py"))
+    return _load("kvspec._core", path)
+
+
+def _load(name: str, path: str) -> Any:
+    spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules["kvspec._core"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

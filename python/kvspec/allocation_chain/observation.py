@@ -361,13 +361,21 @@ def _state(given: dict[str, Any]) -> State:
 def _mapping_changes(maps: dict[str, list[str]]) -> dict[PhaseName, tuple[Change, ...]]:
     """By phase: what maps says after it and did not say before."""
     found = {
-        phase: tuple(changes(read_maps(before), read_maps(after)))
+        phase: tuple(changes(*map(read_maps, _differing(before, after))))
         for phase, (before, after) in maps.items()
     }
     checked: dict[PhaseName, tuple[Change, ...]] = msgspec.convert(
         found, dict[PhaseName, tuple[Change, ...]]
     )
     return checked
+
+
+def _differing(before: str, after: str) -> tuple[str, str]:
+    """Without the lines that both have, which are most: nothing else covers their ranges."""
+    one, other = before.splitlines(), after.splitlines()
+    both = set(one) & set(other)
+    first, second = ("\n".join(line for line in of if line not in both) for of in (one, other))
+    return first, second
 
 
 def library_name(path: str | None) -> str:

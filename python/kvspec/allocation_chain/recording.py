@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ __all__ = ["Recording", "Request", "TouchBy", "helper", "record"]
 TouchBy = Literal["page", "all", "read"]
 
 _TIMEOUT_S = 600
+_GRACE_S = 5
 _CHILD = Path(__file__).with_name("child.py")
 
 
@@ -168,14 +169,24 @@ def _run(
             said = _listen(child, progress)
             child.wait(_TIMEOUT_S)
         finally:
-            if child.poll() is None:  # interrupted, or refused and on its way out
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            _end(child)
         if said is None:
             errors.seek(0)
             last = " ".join(errors.read().decode("utf-8", "replace").split())[-300:]
             raise OSError(f"the process that allocates ended with {child.returncode}: {last}")
     return said
+
+
+def _end(child: "subprocess.Popen[str]") -> None:
+    """Interrupt it if it still runs, so that it takes its segment with it; then no more asking."""
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        if child.poll() is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE_S)
+    child.wait()
 
 
 def _for_the_child(request: Request, memory: int) -> dict[str, Any]:
