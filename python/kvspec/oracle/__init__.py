@@ -3,10 +3,12 @@
 from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.oracle.shared_memory import SharedSegment
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
@@ -15,6 +17,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostArena",
     "MemoryBudget",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
@@ -25,6 +28,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "check_memory",
     "get_swa_token_info",
