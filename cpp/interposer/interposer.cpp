@@ -2,23 +2,22 @@
 // (CHAIN-3). It allocates nothing, calls nothing that it stands before, and is silent outside the
 // marks. No symbol of libstdc++ is used, so it fits before any program.
 
-#include "ring.hpp"
-
 #include <cerrno>
 #include <cstdarg>
 #include <ctime>
-#include <initializer_list>
-#include <type_traits>
-
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <initializer_list>
 #include <link.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <type_traits>
 #include <unistd.h>
 #include <unwind.h>
+
+#include "ring.hpp"
 
 #define KVSPEC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -344,10 +343,11 @@ KVSPEC_EXPORT void* realloc(void* old, std::size_t size) noexcept {
   if (real_realloc == nullptr) resolve();
   if (is_boot(old)) {
     void* moved = malloc(size);
-    const auto left = static_cast<std::size_t>(boot + boot_bytes - static_cast<unsigned char*>(old));
+    const auto* from = static_cast<const unsigned char*>(old);
+    const auto left = static_cast<std::size_t>(boot + boot_bytes - from);
     auto* to = static_cast<volatile unsigned char*>(moved);
     for (std::size_t i = 0; moved != nullptr && i < size && i < left; ++i) {
-      to[i] = static_cast<unsigned char*>(old)[i];
+      to[i] = from[i];
     }
     return moved;
   }
@@ -393,8 +393,8 @@ KVSPEC_EXPORT void* mmap(void* at, std::size_t length, int prot, int flags, int 
                          off_t offset) noexcept {
   static decltype(&mmap) found = nullptr;
   real(found, "mmap");
-  return noted(CALL(mmap_), [=] { return found(at, length, prot, flags, file, offset); }, at, length,
-               prot, flags, file, offset);
+  return noted(CALL(mmap_), [=] { return found(at, length, prot, flags, file, offset); }, at,
+               length, prot, flags, file, offset);
 }
 
 KVSPEC_EXPORT void* mmap64(void* at, std::size_t length, int prot, int flags, int file,
@@ -418,7 +418,8 @@ KVSPEC_EXPORT void* mremap(void* at, std::size_t old, std::size_t size, int flag
   va_start(more, flags);
   void* to = (flags & MREMAP_FIXED) != 0 ? va_arg(more, void*) : nullptr;
   va_end(more);
-  return noted(CALL(mremap_), [=] { return found(at, old, size, flags, to); }, at, old, size, flags);
+  return noted(CALL(mremap_), [=] { return found(at, old, size, flags, to); }, at, old, size,
+               flags);
 }
 
 KVSPEC_EXPORT int brk(void* to) noexcept {
@@ -492,7 +493,8 @@ constexpr int no_driver = 35;  // cudaErrorInsufficientDriver: nobody can call i
 KVSPEC_EXPORT int cudaHostAlloc(void** where, std::size_t size, unsigned flags) {
   static int (*found)(void**, std::size_t, unsigned) = nullptr;
   if (of_cuda(found, "cudaHostAlloc") == nullptr) return no_driver;
-  return noted(CALL(cuda_host_alloc), [=] { return found(where, size, flags); }, where, size, flags);
+  return noted(CALL(cuda_host_alloc), [=] { return found(where, size, flags); }, where, size,
+               flags);
 }
 
 KVSPEC_EXPORT int cudaMallocHost(void** where, std::size_t size) {

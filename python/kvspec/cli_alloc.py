@@ -29,53 +29,60 @@ Allocate memory in a process of its own and show what really happens, or look at
 """
 
 
+_Kind = Annotated[
+    ArenaKind | None, typer.Argument(help="torch, heap, mmap, shm or pinned.", show_default=False)
+]
+_Bytes = Annotated[
+    str | None, typer.Argument(metavar="BYTES", help="4096, 5_242_880, 128KiB, 8MiB, 1GiB.")
+]
+_Touch = Annotated[bool, typer.Option("--touch", help="Write one byte of each page, and watch.")]
+_TouchBy = Annotated[
+    room.TouchBy | None,
+    typer.Option(help="Touch so: write a byte of each page, write all, read a byte of each page."),
+]
+_Trace = Annotated[bool, typer.Option("--trace", help="Who called whom, level by level.")]
+_Populate = Annotated[bool, typer.Option("--populate", help="Have the pages at once.")]
+_HugePages = Annotated[HugePages, typer.Option(help="For mmap and pinned.")]
+_Node = Annotated[int | None, typer.Option(metavar="NODE", help="Bind it to a NUMA node.")]
+_Alignment = Annotated[int | None, typer.Option(metavar="BYTES", help="Of the address.")]
+_Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write what was seen; - is standard output."),
+]
+_Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw sizes and faults over time.")
+]
+_Pid = Annotated[int | None, typer.Option(metavar="PID", help="Look at this process instead.")]
+_Claims = Annotated[
+    bool, typer.Option("--claims", help="Ask this machine what is often said of it.")
+]
+
+
 def alloc(
-    kind: Annotated[
-        ArenaKind | None, typer.Argument(help="torch, heap, mmap, shm or pinned.")
-    ] = None,
-    nbytes: Annotated[
-        str | None, typer.Argument(metavar="BYTES", help="4096, 5_242_880, 128KiB, 8MiB, 1GiB.")
-    ] = None,
-    touch: Annotated[
-        bool, typer.Option("--touch", help="Write one byte of each page, and watch.")
-    ] = False,
-    touch_by: Annotated[
-        room.TouchBy | None,
-        typer.Option(help="How to touch: write a byte of each page, write all, or read only."),
-    ] = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Who called whom, level by level.")
-    ] = False,
-    populate: Annotated[
-        bool, typer.Option("--populate", help="Have the pages at once, as the arena does.")
-    ] = False,
-    huge_pages: Annotated[HugePages, typer.Option(help="For mmap and pinned.")] = "no",
-    numa_node: Annotated[int | None, typer.Option(metavar="NODE", help="Bind to it.")] = None,
-    alignment: Annotated[int | None, typer.Option(metavar="BYTES", help="Of the address.")] = None,
-    json_file: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write what was seen; - is standard output."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw size and faults over time.")
-    ] = None,
-    pid: Annotated[
-        int | None, typer.Option(metavar="PID", help="Look at this process instead.")
-    ] = None,
-    claims: Annotated[
-        bool, typer.Option("--claims", help="Ask this machine what is often said of it.")
-    ] = False,
+    kind: _Kind = None,
+    nbytes: _Bytes = None,
+    touch: _Touch = False,
+    touch_by: _TouchBy = None,
+    trace: _Trace = False,
+    populate: _Populate = False,
+    huge_pages: _HugePages = "no",
+    numa_node: _Node = None,
+    alignment: _Alignment = None,
+    json_file: _Json = None,
+    plot: _Plot = None,
+    pid: _Pid = None,
+    claims: _Claims = False,
 ) -> int:
     """Show what an allocation does: calls, system calls, mappings, pages; observed, not recited."""
     if pid is not None or claims:
         if kind is not None or (pid is not None and claims):
             raise typer.BadParameter("KIND, --pid and --claims: one of them")
         return _look_at(pid, json_file) if pid is not None else _judge(json_file)
-    if kind is None or nbytes is None:
-        if kind is not None:
-            raise typer.BadParameter("BYTES is missing: kvspec alloc heap 8MiB")
+    if kind is None:
         print(_USE, end="")
         return 0
+    if nbytes is None:
+        raise typer.BadParameter("BYTES is missing: kvspec alloc heap 8MiB")
     if plot is not None and find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'kvspec[plot]'")
     request = room.Request(
@@ -89,13 +96,19 @@ def alloc(
     )
     with _progress(request) as progress:
         observation = room.observe(room.record(request, progress))
+    _tell(observation, trace, json_file, plot)
+    return 0
+
+
+def _tell(
+    observation: room.Observation, trace: bool, json_file: str | None, plot: Path | None
+) -> None:
     if plot is not None:
         room.plot_timeline(observation, plot)
     _write(room.as_json(observation), json_file)
     if json_file != "-":
         _print(*room.as_tables(observation), room.chain_table(observation, whole=trace))
         _print(*room.not_observed(observation))
-    return 0
 
 
 def _look_at(pid: int, json_file: str | None) -> int:

@@ -110,7 +110,7 @@ def _matters(call: LibraryCall, observation: Observation) -> bool:
     if call.function in _MAPPING_CALLS:
         return True
     if call.function == "free":
-        return call.arguments[0] <= address < call.arguments[0] + _LARGE
+        return call.arguments[0] == address
     asked = _asked(call)
     large = asked >= max(_LARGE, observation.request.nbytes // 2)
     return large or call.result <= address < call.result + asked

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
 from typing import Any
 
 _PAGE = mmap.PAGESIZE
@@ -194,17 +195,14 @@ def _block(address: int) -> str | None:
 
 
 def _core(path: str) -> Any:
-    """The extension, and the errors that it raises, without the package around them."""
-    _load("kvspec.errors", os.path.join(os.path.dirname(os.path.dirname(__file__)), "errors.py"))
-    return _load("kvspec._core", path)
-
-
-def _load(name: str, path: str) -> Any:
-    spec = spec_from_file_location(name, path)
+    """The extension, in a package that has its folder and has imported nothing."""
+    package = ModuleType("kvspec")
+    package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    spec = spec_from_file_location("kvspec._core", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules["kvspec"], sys.modules["kvspec._core"] = package, module
     spec.loader.exec_module(module)
     return module
 

@@ -12,7 +12,9 @@ __all__ = ["plot_timeline"]
 
 _SHADES = {"allocate": "C0", "touch": "C2", "free": "C3"}
 _MOST_CALLS = 6
-"""Calls that are named for each phase: the largest."""
+"""Calls that are named for each phase: the first."""
+_LETTERS = 37
+"""That fit into a phase of the width 1."""
 
 _Points = list[tuple[int, float]]
 
@@ -27,14 +29,14 @@ def plot_timeline(observation: Observation, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     axis = _Time(observation.phases)
-    figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 7.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    top, above, below = figure.subplots(3, sharex=True, height_ratios=(1.1, 3, 1))
     unit, per = _unit(_most(observation))
     _draw_sizes(above, observation, axis, per)
-    _draw_calls(above, observation, axis)
+    _draw_calls(top, above, observation, axis)
     _draw_faults(below, observation, axis)
-    for axes in (above, below):
+    for axes in (top, above, below):
         for phase in observation.phases:
             begin, end = axis.span(phase)
             axes.axvspan(begin, end, color=_SHADES[phase.name], alpha=0.08, linewidth=0)
@@ -42,16 +44,19 @@ def plot_timeline(observation: Observation, path: str | Path) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     above.set_ylabel(f"change since the begin ({unit})")
-    above.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=4, frameon=False, fontsize=9,
+    above.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9,
                  borderaxespad=0, columnspacing=1.5)  # fmt: skip
     for phase in observation.phases:
         begin, end = axis.span(phase)
-        above.text((begin + end) / 2, 1.01, f"{phase.name}, {_time(phase.took_ns)}",
-                   transform=above.get_xaxis_transform(), ha="center", va="bottom", fontsize=9,
-                   color=_SHADES[phase.name])  # fmt: skip
+        top.text((begin + end) / 2, 1.01, f"{phase.name}, {_time(phase.took_ns)}",
+                 transform=top.get_xaxis_transform(), ha="center", va="bottom", fontsize=9,
+                 color=_SHADES[phase.name])  # fmt: skip
     below.set_xticks([])
     below.set_xlim(0, axis.width)
-    below.set_xlabel("time: the phases are not to one scale, each says how long it took")
+    below.set_xlabel(
+        "time (phases are not to one scale); sizes were read where a phase begins and ends,"
+        " and after each step of the touch"
+    )
     asked = observation.request
     what = f"{observation.arena}({asked.kind!r}, {asked.nbytes:,} bytes)"
     figure.suptitle(f"{what} at {observation.address:#x}", fontsize=11)
@@ -62,7 +67,7 @@ class _Time:
     """Where an instant is drawn: phases beside each other, each with a width of its own."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:
-        widths = {"allocate": 1.0, "touch": 1.6, "free": 0.7}
+        widths = {"allocate": 1.4, "touch": 1.4, "free": 1.0}
         self._at: dict[str, tuple[float, Phase]] = {}
         self.width = 0.0
         for phase in phases:
@@ -124,8 +129,8 @@ def _curve(observation: Observation, axis: _Time, *, resident: bool) -> _Points:
                 at = axis.place("touch", sample.at_ns, samples[-1].at_ns)
                 points.append((level + value - first, at))
         else:
-            middle = (begin + end) / 2
-            points += [(level, middle), (level + last - first, middle)]
+            at = _when(observation, phase, axis)
+            points += [(level, at), (level + last - first, at)]
         level += last - first
         points.append((level, end))
     return points
@@ -151,39 +156,53 @@ def _draw_sizes(axes: Any, observation: Observation, axis: _Time, per: int) -> N
     axes.set_ylim(min(low, -0.04 * high), high * 1.05)
 
 
-def _draw_calls(axes: Any, observation: Observation, axis: _Time) -> None:
-    """The largest calls, each with a tick where it was made."""
+def _when(observation: Observation, phase: Phase, axis: _Time) -> float:
+    """The last call that was seen in a phase, or its end: where what it changed is drawn."""
+    seen = _largest(observation, phase)
+    at_ns = seen[-1][0] if seen else phase.at_ns + phase.took_ns
+    return axis.place(phase.name, at_ns, phase.at_ns + phase.took_ns)
+
+
+def _draw_calls(top: Any, above: Any, observation: Observation, axis: _Time) -> None:
+    """What concerns the allocation, in order, each with a line where it was made."""
     for phase in observation.phases:
-        calls = _largest(observation, phase)
         last = phase.at_ns + phase.took_ns
-        for order, (at_ns, text, colour) in enumerate(calls):
+        begin, end = axis.span(phase)
+        for order, (at_ns, text, colour) in enumerate(_largest(observation, phase)):
             at = axis.place(phase.name, at_ns, last)
-            axes.axvline(at, color=colour, linewidth=0.8, alpha=0.7)
-            axes.annotate(
-                text,
-                (axis.span(phase)[0], 0.96 - 0.055 * order),
-                xycoords=axes.get_xaxis_transform(),
+            for axes in (top, above):
+                axes.axvline(at, color=colour, linewidth=0.8, alpha=0.6)
+            top.annotate(
+                _short(text, int(_LETTERS * (end - begin))),
+                (begin, 0.92 - 0.155 * order),
+                xycoords=top.get_xaxis_transform(),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="top",
                 fontsize=7,
                 color=colour,
             )
-    for colour, label in (("C0", "library call"), ("C3", "system call")):
-        if any(colour == mark for phase in observation.phases for *_, mark in
-               _largest(observation, phase)):  # fmt: skip
-            axes.plot([], [], color=colour, linewidth=0.8, label=label)
+    top.set_yticks([])
+    names = ",\n".join(
+        word
+        for word, seen in (
+            ("library (blue)", observation.library_calls is not None),
+            ("system (red)", observation.system_calls is not None),
+        )
+        if seen
+    )
+    top.set_ylabel(f"calls:\n{names}" if names else "no call\nwas seen")
 
 
 def _largest(observation: Observation, phase: Phase) -> list[tuple[int, str, str]]:
     of_it: list[tuple[int, str, str]] = []
     for call in observation.library_calls or ():
         if call.phase == phase.name and _concerns(call, observation):
-            of_it.append((call.at_ns, _short(told_call(call)), "C0"))
+            of_it.append((call.at_ns, told_call(call), "C0"))
     if phase.name != "touch":
         for traced in observation.system_calls or ():
             if traced.phase == phase.name and _traces(traced, observation):
-                of_it.append((traced.at_ns, _short(f"{traced.name}({traced.arguments})"), "C3"))
+                of_it.append((traced.at_ns, f"{traced.name}({traced.arguments})", "C3"))
     return sorted(of_it)[:_MOST_CALLS]
 
 
@@ -201,8 +220,10 @@ def _traces(call: SystemCall, observation: Observation) -> bool:
     return near or (observation.name is not None and observation.name in call.arguments)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 44 else text[:43] + "…"
+def _short(text: str, most: int) -> str:
+    """Without what every path begins with, and no longer than there is room."""
+    text = re.sub(r"AT_FDCWD(<[^>]*>)?, |<[^>]*>", "", text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _draw_faults(axes: Any, observation: Observation, axis: _Time) -> None:
@@ -225,5 +246,5 @@ def _draw_faults(axes: Any, observation: Observation, axis: _Time) -> None:
             told += f", {phase.major_faults:,} major"
         axes.text((begin + end) / 2, 1.0, told, transform=axes.get_xaxis_transform(),
                   ha="center", va="bottom", fontsize=8)  # fmt: skip
-    axes.set_ylabel("page faults\n(of a step)")
+    axes.set_ylabel("page faults\n(each step)")
     axes.yaxis.get_major_locator().set_params(integer=True)
