@@ -181,6 +181,7 @@ def _draw_calls(top: Any, above: Any, observation: Observation, axis: _Time) -> 
                 va="top",
                 fontsize=7,
                 color=colour,
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
             )
     top.set_yticks([])
     names = ",\n".join(
