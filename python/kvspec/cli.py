@@ -20,9 +20,10 @@ from typer.core import TyperCommand
 
 import kvspec
 import kvspec.replay as room
+from kvspec.cli_alloc import alloc as alloc_command
 from kvspec.cli_check import check as check_command
 from kvspec.cli_validate import validate as validate_command
-from kvspec.errors import ContractError, MemoryLeakError
+from kvspec.errors import ContractError, HostMemoryError, MemoryLeakError
 from kvspec.interfaces.instrumentation import Level
 from kvspec.interfaces.radix_cache import EvictionGranularity, EvictionPolicy
 
@@ -35,6 +36,7 @@ _POLICIES: tuple[str, ...] = get_args(EvictionPolicy)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+app.command("alloc")(alloc_command)
 app.command("check")(check_command)
 app.command("validate")(validate_command)
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(app(args=given, prog_name="kvspec", standalone_mode=False) or 0)
     except _UsageError as error:
         return _told(error.format_message(), code=2)
-    except (ContractError, ImportError, OSError) as error:
+    except (ContractError, HostMemoryError, ImportError, OSError) as error:
         return _told(error, code=2)
     except (MemoryLeakError, room.LockstepError) as error:
         return _told(error, code=1)
