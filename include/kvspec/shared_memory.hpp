@@ -17,6 +17,10 @@
 //
 // The size of a segment is 0 until all of it is reserved, so nobody maps what /dev/shm cannot hold.
 //
+// The Python class over it refuses what needs an open handle (SHM-10), shares it with its tensors,
+// so that none outlives the mapping (SHM-11, SHM-12), and pickles the name alone (SHM-17).  Nothing
+// here is known to Python's resource tracker (SHM-18).
+//
 // A handle is not thread-safe; create, attach and reap are.  Linux only.
 #pragma once
 
@@ -70,7 +74,7 @@ class SharedSegment {
   bool linked() const noexcept;
 
   // Throws ContractError if the segment is open and its name leads elsewhere (SHM-14) or its size
-  // has changed (SHM-2).
+  // has changed (SHM-2); SHM-19.
   void check() const;
 
   // Gives the handle back; the last one takes the name with it (SHM-8, SHM-9).  In a child that
