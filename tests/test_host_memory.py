@@ -152,7 +152,7 @@ def test_huge_pages_that_are_set_aside(impl: Any) -> None:
             assert arena.address % (2 << 20) == 0
             assert arena.resident_bytes() == 4 << 20
             arena.tensor().fill_(1)
-            with pytest.raises(CLAUSE_ERRORS, match="HOST-20: .* not whole pages of 2097152"):
+            with pytest.raises(CLAUSE_ERRORS, match=r"HOST-20: .* not whole pages of 2097152"):
                 arena.discard(0, 4096)
             arena.discard(0, 2 << 20)
             assert arena.resident_bytes() == 2 << 20

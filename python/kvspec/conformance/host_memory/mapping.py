@@ -135,10 +135,10 @@ class Mapping(HostMemorySuite):
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_the_machine_has_not_is_an_error_and_leaves_nothing(self, kind: str) -> None:
         self.make(kind, PAGE_BYTES).close()
-        named = "SHM-5" if kind == "shm" else "HOST-4"
+        named, nbytes = ("SHM-5", BIG) if kind == "shm" else ("HOST-4", 256 * MIB)
 
         def fail() -> None:
-            self.refused(named, lambda: self.make(kind, BIG), str(BIG))
+            self.refused(named, lambda: self.make(kind, nbytes), str(nbytes))
 
         with with_address_space(BIG // 2):
             fail()  # what the first error loads is not what is measured
