@@ -7,6 +7,15 @@ from kvspec._core import (
     TokenToKVPoolAllocator,
 )
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.native.kv_storage import (
+    HostKVCache,
+    KVCache,
+    MHATokenToKVPool,
+    MHATokenToKVPoolHost,
+    MLATokenToKVPool,
+    MLATokenToKVPoolHost,
+    SWAKVPool,
+)
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.native.swa_radix_cache import SWARadixCache
@@ -14,12 +23,19 @@ from kvspec.native.swa_radix_cache import SWARadixCache
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostKVCache",
+    "KVCache",
+    "MHATokenToKVPool",
+    "MHATokenToKVPoolHost",
+    "MLATokenToKVPool",
+    "MLATokenToKVPoolHost",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
     "RadixCacheCpp",
     "ReqToTokenPool",
     "SWAChunkCache",
+    "SWAKVPool",
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",

@@ -2,6 +2,15 @@
 
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.oracle.kv_storage import (
+    HostKVCache,
+    KVCache,
+    MHATokenToKVPool,
+    MHATokenToKVPoolHost,
+    MLATokenToKVPool,
+    MLATokenToKVPoolHost,
+    SWAKVPool,
+)
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
@@ -14,12 +23,19 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostKVCache",
+    "KVCache",
+    "MHATokenToKVPool",
+    "MHATokenToKVPoolHost",
+    "MLATokenToKVPool",
+    "MLATokenToKVPoolHost",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
     "RadixKey",
     "ReqToTokenPool",
     "SWAChunkCache",
+    "SWAKVPool",
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
