@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from kvspec.conformance import clause
-from kvspec.conformance.kv_storage.subjects import StorageSubjects, dtypes, raw, rows, same
+from kvspec.conformance.kv_storage.subjects import (
+    StorageSubjects,
+    dtypes,
+    raw,
+    rows,
+    same,
+    some_dtypes,
+)
 
 BAD_MOVES: dict[str, tuple[Any, Any]] = {
     "too few sources": ([1, 2], [3]),
@@ -43,7 +50,7 @@ class CopyConformance(StorageSubjects):
         return [*pool.kv_buffer] if hasattr(pool, "kv_buffer") else [*pool.k_buffer, *pool.v_buffer]
 
     @clause("KV-14")
-    @dtypes
+    @some_dtypes
     @pytest.mark.parametrize("kind", ["mha", "mla"])
     @pytest.mark.parametrize(
         ("targets", "sources"),
@@ -105,10 +112,10 @@ class CopyConformance(StorageSubjects):
 
     @clause("KV-16")
     def test_chunks_are_of_8192_slots(self) -> None:
-        pool = self.mha(size=8200, layer_num=1, head_num=1, head_dim=1)
-        assert pool.cpu_offloading_chunk_size == 8192
+        pool = self.mla(size=8200, layer_num=1)
+        assert pool.cpu_offloading_chunk_size == self.mha().cpu_offloading_chunk_size == 8192
         copy = pool.get_cpu_copy(torch.arange(1, 8195))
-        assert [len(chunk[0]) for chunk in copy[0]] == [8192, 2]
+        assert [len(chunk) for chunk in copy[0]] == [8192, 2]
 
     @clause("KV-16")
     @dtypes
@@ -140,7 +147,7 @@ class CopyConformance(StorageSubjects):
     @clause("KV-17")
     @dtypes
     @pytest.mark.parametrize("kind", ["mha", "mla"])
-    @pytest.mark.parametrize("page_size", [1, 4, 16])
+    @pytest.mark.parametrize("page_size", [1, 16])
     def test_what_is_copied_comes_back_bit_for_bit(
         self, page_size: int, kind: str, dtype: torch.dtype
     ) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from torch import Tensor
@@ -25,7 +26,9 @@ class HistoryConformance(StorageSubjects):
         class HistoriesOfThis(Histories):
             suite = self
 
-        run_state_machine_as_test(HistoriesOfThis, settings=fuzzing(40))
+        run_state_machine_as_test(
+            HistoriesOfThis, settings=settings(fuzzing(60), stateful_step_count=15)
+        )
 
 
 class Histories(RuleBasedStateMachine):

@@ -10,12 +10,12 @@ from kvspec.conformance import clause
 from kvspec.conformance.kv_storage.subjects import (
     LAYOUTS,
     StorageSubjects,
-    dtypes,
     layouts,
     raw,
     refused,
     rows,
     same,
+    some_dtypes,
 )
 
 KINDS = ("mha", "mla")
@@ -67,7 +67,7 @@ class HostConformance(StorageSubjects):
     # -- memory ----------------------------------------------------------------------------------
 
     @clause("KV-22")
-    @dtypes
+    @some_dtypes
     @layouts
     def test_the_shape_of_a_layout(self, layout: str, dtype: torch.dtype) -> None:
         host = self.host(self.mha(dtype=dtype, start_layer=3), layout=layout)
@@ -233,7 +233,7 @@ class HostConformance(StorageSubjects):
     # -- transfers -------------------------------------------------------------------------------
 
     @clause("KV-29")
-    @dtypes
+    @some_dtypes
     @layouts
     @kinds
     def test_rows_go_to_the_host(self, kind: str, layout: str, dtype: torch.dtype) -> None:
@@ -247,7 +247,7 @@ class HostConformance(StorageSubjects):
         assert pool.view() == device
 
     @clause("KV-30")
-    @dtypes
+    @some_dtypes
     @layouts
     @kinds
     def test_rows_of_one_layer_come_back(self, kind: str, layout: str, dtype: torch.dtype) -> None:
@@ -320,7 +320,7 @@ class HostConformance(StorageSubjects):
     # -- flat pages ------------------------------------------------------------------------------
 
     @clause("KV-32")
-    @dtypes
+    @some_dtypes
     @layouts
     @kinds
     def test_a_flat_page_is_in_the_order_of_the_layout(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvspec.conformance import clause
-from kvspec.conformance.kv_storage.subjects import StorageSubjects, dtypes, refused, rows, same
+from kvspec.conformance.kv_storage.subjects import StorageSubjects, refused, rows, same, some_dtypes
 
 BAD_POOLS: dict[str, dict[str, Any]] = {
     "a negative size": {"size": -1},
@@ -54,7 +54,7 @@ class MemoryConformance(StorageSubjects):
     """The tensors."""
 
     @clause("KV-1", "KV-3")
-    @dtypes
+    @some_dtypes
     @pytest.mark.parametrize(("size", "page_size"), [(8, 1), (0, 1), (8, 4), (6, 4), (32, 16)])
     def test_a_new_pool_is_zeros(self, dtype: torch.dtype, size: int, page_size: int) -> None:
         pool = self.mha(size=size, page_size=page_size, dtype=dtype)
@@ -71,7 +71,7 @@ class MemoryConformance(StorageSubjects):
                 assert not tensor.view(torch.uint8).any()
 
     @clause("KV-1", "KV-4")
-    @dtypes
+    @some_dtypes
     def test_a_new_pool_of_latents_is_zeros(self, dtype: torch.dtype) -> None:
         pool = self.mla(dtype=dtype, page_size=4)
         assert [tensor.shape for tensor in pool.kv_buffer] == [(12, 1, 6)] * 2
@@ -111,7 +111,7 @@ class MemoryConformance(StorageSubjects):
         refused("KV-2", lambda: self.windows(None, **ids))
 
     @clause("KV-3")
-    @dtypes
+    @some_dtypes
     def test_the_memory_stays_where_it_is(self, dtype: torch.dtype) -> None:
         pool = self.mha(dtype=dtype)
         pointers = [buffer.data_ptr() for buffer in pool.get_kv_buffer(1)]
@@ -123,7 +123,7 @@ class MemoryConformance(StorageSubjects):
         assert pool.get_value_buffer(1).data_ptr() == pool.v_buffer[1].data_ptr() == pointers[1]
 
     @clause("KV-3")
-    @dtypes
+    @some_dtypes
     def test_what_is_written_through_it_is_there(self, dtype: torch.dtype) -> None:
         pool, given = self.mha(dtype=dtype), rows(2, dtype=dtype)
         pool.get_value_buffer(0)[2:4] = given
@@ -133,7 +133,7 @@ class MemoryConformance(StorageSubjects):
         assert not chunk[0].any()
 
     @clause("KV-4")
-    @dtypes
+    @some_dtypes
     def test_the_value_of_a_latent_is_a_part_of_it(self, dtype: torch.dtype) -> None:
         pool = self.mla(dtype=dtype)
         keys, values = pool.get_kv_buffer(1)
@@ -143,7 +143,7 @@ class MemoryConformance(StorageSubjects):
         assert same(values[5], rows(1, 1, 6, dtype=dtype)[0, :, :4])
 
     @clause("KV-4")
-    @dtypes
+    @some_dtypes
     def test_both_parts_of_a_latent_are_side_by_side(self, dtype: torch.dtype) -> None:
         pool = self.mla(dtype=dtype)
         nope, rope = rows(2, 1, 4, start=3), rows(2, 1, 2, start=9)
@@ -224,7 +224,7 @@ class MemoryConformance(StorageSubjects):
         self.refuses(pool, "KV-6", pool.set_kv_buffer, layer, [1], rows(1), rows(1))
 
     @clause("KV-7")
-    @dtypes
+    @some_dtypes
     def test_sizes_and_addresses(self, dtype: torch.dtype) -> None:
         pool = self.mha(dtype=dtype, page_size=4)
         pointers, sizes, pages = pool.get_contiguous_buf_infos()

@@ -1,6 +1,6 @@
 """The pools under test, and rows to put into them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ __all__ = [
     "refused",
     "rows",
     "same",
+    "some_dtypes",
 ]
 
 DTYPES = (
@@ -33,7 +34,14 @@ DTYPES = (
 )
 LAYOUTS = ("layer_first", "page_first")
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+
+def _each(types: Sequence[torch.dtype]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", types, ids=lambda dtype: str(dtype).split(".")[1])
+
+
+dtypes = _each(DTYPES)
+some_dtypes = _each((torch.float32, torch.bfloat16, torch.float8_e4m3fn))
+"""One of each way to store and to cast."""
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
