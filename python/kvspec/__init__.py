@@ -16,6 +16,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
     from kvspec.instrumentation import Instrument, instrument
+    from kvspec.memory_budget import MemoryBudget
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
         MHATokenToKVPoolHost,
         MLATokenToKVPool,
         MLATokenToKVPoolHost,
+        HostArena,
         OwnershipLedger,
         PagedTokenToKVPoolAllocator,
         RadixCache,
         RadixCacheCpp,
         ReqToTokenPool,
+        SharedSegment,
         SWAChunkCache,
         SWAKVPool,
         SWARadixCache,
@@ -50,6 +53,9 @@ __all__ = [
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
     "MLATokenToKVPoolHost",
+    "HostArena",
+    "Instrument",
+    "MemoryBudget",
     "MemoryLeakError",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
@@ -63,6 +69,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "check_memory",
     "get_swa_token_info",
@@ -79,6 +86,7 @@ __version__ = "0.1.0"
 _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
+    "MemoryBudget": "memory_budget",
     "Poison": "poison",
     "instrument": "instrumentation",
     "read_log": "flight_recorder",

@@ -14,6 +14,7 @@ from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
 from kvspec.interfaces.radix_cache import RadixCache
 from kvspec.interfaces.request_pool import ReqToTokenPool
+from kvspec.interfaces.shared_memory import SharedSegment
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator
 from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.interfaces.swa_radix_cache import SWARadixCache
@@ -52,3 +53,4 @@ hosts: list[type[HostKVCache]] = [
     native.MLATokenToKVPoolHost,
     oracle.MLATokenToKVPoolHost,
 ]
+segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]

@@ -3,6 +3,7 @@
 from kvspec._core import (
     OwnershipLedger,
     PagedTokenToKVPoolAllocator,
+    SharedSegment,
     SWATokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
 )
@@ -16,6 +17,7 @@ from kvspec.native.kv_storage import (
     MLATokenToKVPoolHost,
     SWAKVPool,
 )
+from kvspec.native.host_memory import HostArena
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.native.swa_radix_cache import SWARadixCache
@@ -29,6 +31,7 @@ __all__ = [
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
     "MLATokenToKVPoolHost",
+    "HostArena",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
@@ -38,5 +41,6 @@ __all__ = [
     "SWAKVPool",
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
 ]

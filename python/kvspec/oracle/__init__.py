@@ -1,5 +1,6 @@
 """The oracle: every room as the shortest correct text, in lists, sets and dicts."""
 
+from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.oracle.kv_storage import (
@@ -11,10 +12,12 @@ from kvspec.oracle.kv_storage import (
     MLATokenToKVPoolHost,
     SWAKVPool,
 )
+from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.oracle.shared_memory import SharedSegment
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
@@ -29,6 +32,8 @@ __all__ = [
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
     "MLATokenToKVPoolHost",
+    "HostArena",
+    "MemoryBudget",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
@@ -39,6 +44,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "check_memory",
     "get_swa_token_info",
