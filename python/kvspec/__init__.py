@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SWARadixCache,
         SWATokenToKVPoolAllocator,
         TokenToKVPoolAllocator,
+        TorchMemorySaverAdapter,
     )
     from kvspec.poison import Poison
 
@@ -50,6 +51,7 @@ __all__ = [
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
     "check_memory",
     "get_swa_token_info",
     "has_native",

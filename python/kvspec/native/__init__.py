@@ -7,6 +7,7 @@ from kvspec._core import (
     TokenToKVPoolAllocator,
 )
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.native.memory_saver import TorchMemorySaverAdapter
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.native.swa_radix_cache import SWARadixCache
@@ -23,4 +24,5 @@ __all__ = [
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
 ]

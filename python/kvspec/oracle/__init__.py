@@ -2,6 +2,7 @@
 
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
@@ -24,6 +25,7 @@ __all__ = [
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
     "check_memory",
     "get_swa_token_info",
     "namespace_frame",

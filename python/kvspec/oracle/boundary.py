@@ -1,12 +1,15 @@
 """The oracle's border with torch: everything behind it is lists, sets and dicts."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvspec.errors import ContractError
+from kvspec.interfaces.memory_saver import FACTORIES
 
 _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
@@ -35,3 +38,27 @@ def numbers(given: "Sequence[int] | Tensor | memoryview", clause: str) -> list[i
 def tensor(given: Sequence[int]) -> Tensor:
     """An int64 tensor on the CPU."""
     return torch.tensor(given, dtype=torch.int64)
+
+
+class Capture(TorchDispatchMode):
+    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3)."""
+
+    def __init__(self, arenas: Any, captured: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._arenas, self._captured = arenas, captured
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in FACTORIES or not _is_new_memory(made):
+            return made
+        arena = self._arenas("mmap", made.untyped_storage().nbytes())
+        storage = arena.tensor().untyped_storage()
+        copy = torch.empty(0, dtype=made.dtype).set_(storage, 0, made.shape, made.stride())
+        self._captured(arena)
+        return copy.copy_(made)
+
+
+def _is_new_memory(made: Tensor) -> bool:
+    """Dense memory of the CPU, any of it, and not somebody else's, as a numpy array's is."""
+    dense = made.layout == torch.strided and made.device.type == "cpu" and not made.is_quantized
+    return dense and made.untyped_storage().resizable() and made.untyped_storage().nbytes() > 0
