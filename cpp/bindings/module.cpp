@@ -5,10 +5,12 @@
 
 namespace nb = nanobind;
 
+void bind_host_memory(nb::module_& m);
 void bind_ownership_ledger(nb::module_& m);
 void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
 void bind_request_pool(nb::module_& m);
+void bind_shared_memory(nb::module_& m);
 void bind_slot_allocator(nb::module_& m);
 void bind_swa_allocator(nb::module_& m);
 
@@ -42,6 +44,8 @@ NB_MODULE(_core, m) {
   bind_page_allocator(m);
   bind_swa_allocator(m);
   bind_request_pool(m);
+  bind_host_memory(m);
+  bind_shared_memory(m);
   bind_radix_cache(m);
   bind_ownership_ledger(m);
 }

@@ -16,14 +16,17 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
     from kvspec.instrumentation import Instrument, instrument
+    from kvspec.memory_budget import MemoryBudget
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
+        HostArena,
         OwnershipLedger,
         PagedTokenToKVPoolAllocator,
         RadixCache,
         RadixCacheCpp,
         ReqToTokenPool,
+        SharedSegment,
         SWAChunkCache,
         SWARadixCache,
         SWATokenToKVPoolAllocator,
@@ -37,7 +40,9 @@ __all__ = [
     "ContractError",
     "DecodeReqToTokenPool",
     "FlightRecorder",
+    "HostArena",
     "Instrument",
+    "MemoryBudget",
     "MemoryLeakError",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
@@ -50,6 +55,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "TorchMemorySaverAdapter",
     "check_memory",
@@ -67,6 +73,7 @@ __version__ = "0.1.0"
 _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
+    "MemoryBudget": "memory_budget",
     "Poison": "poison",
     "instrument": "instrumentation",
     "read_log": "flight_recorder",

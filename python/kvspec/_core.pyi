@@ -2,6 +2,7 @@ from collections.abc import Mapping
 from typing import overload
 
 import kvspec.interfaces.ownership_ledger
+import kvspec.interfaces.shared_memory
 import kvspec.interfaces.slot_allocator
 import torch
 
@@ -279,6 +280,139 @@ class RequestRows:
 
     def check_books(self, table: torch.Tensor | None) -> None:
         """Raise ContractError if books or table are broken (REQ-10)."""
+
+class HostBlock:
+    """The memory of an arena. Spec: HOST."""
+
+    def __init__(self, kind: str, nbytes: int, alignment: int | None, populate: bool, huge_pages: str, numa_node: int | None, label: str, attach: str | None, node_folder: str) -> None: ...
+
+    @property
+    def address(self) -> int:
+        """Of the first byte, a multiple of the alignment (HOST-1)."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Address space taken for it, 0 when closed (HOST-2)."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How many bytes are locked or registered for it (HOST-22)."""
+
+    @property
+    def page_bytes(self) -> int:
+        """What `discard` goes by (HOST-20)."""
+
+    @property
+    def name(self) -> str | None:
+        """Of the segment, for shm (HOST-24)."""
+
+    def resident_bytes(self) -> int:
+        """Of mapped_bytes, those on pages that have memory (HOST-21). O(pages)."""
+
+    def numa_nodes(self) -> dict[int, int] | None:
+        """Bytes on each node, None without NUMA (HOST-12). O(pages)."""
+
+    def counters(self) -> dict[str, int]:
+        """Exact costs so far: `pages_populated`, `populate_threads` (HOST-27)."""
+
+    def check(self) -> None:
+        """Raise ContractError if the memory is not as it must be (HOST-29)."""
+
+    @property
+    def wanted_bytes(self) -> int:
+        """What open() will map (HOST-2)."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def share_count(self) -> int:
+        """How many tensors over it are alive."""
+
+    def require_open(self, call: str) -> None:
+        """Refuse a call of an arena that is closed (HOST-18)."""
+
+    def open(self, lock: bool) -> None:
+        """Map it; `lock` says whether pinned locks it."""
+
+    def adopt(self, address: int, storage: object) -> None:
+        """Take the memory of an object that is kept alive: kind torch."""
+
+    def on_release(self, before: object | None, after: object | None) -> None:
+        """Call these when the memory is about to go back, and when it has."""
+
+    def share(self, offset: int, nbytes: int) -> torch.Tensor:
+        """uint8 over bytes of the memory, which live as long (HOST-13, HOST-15)."""
+
+    def discard_range(self, offset: int, nbytes: int) -> None:
+        """Give whole pages back (HOST-19, HOST-20)."""
+
+    def populate_range(self, offset: int, nbytes: int, threads: int | None) -> None:
+        """Give pages memory of their own (HOST-7, HOST-20)."""
+
+    def give_back(self) -> None:
+        """Give the memory back (HOST-16, HOST-17)."""
+
+def numa_node_lists(folder: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The NUMA nodes that have memory, and those that have CPUs (HOST-25)."""
+
+def populates_on_request() -> bool:
+    """Whether the kernel populates pages on request (HOST-25)."""
+
+def huge_page_bytes() -> int:
+    """Of the default huge pages."""
+
+class SharedSegment:
+    """A handle on a named segment of shared memory. Spec: SHM."""
+
+    @staticmethod
+    def create(label: str, nbytes: int, populate: bool = False) -> SharedSegment:
+        """
+        A new segment of exactly `nbytes` zeros under a name that nobody had (SHM-1 to SHM-5).
+        """
+
+    @staticmethod
+    def attach(name: str) -> SharedSegment:
+        """Another handle on a segment that somebody holds (SHM-6, SHM-7)."""
+
+    @staticmethod
+    def reap() -> list[kvspec.interfaces.shared_memory.Reaped]:
+        """Remove every segment of ours that no process holds (SHM-13, SHM-14)."""
+
+    def close(self) -> None:
+        """Give the handle back; the last takes the name (SHM-8, SHM-9)."""
+
+    def __enter__(self) -> SharedSegment: ...
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None: ...
+
+    def __getstate__(self) -> str:
+        """What a pickle has of it: its name (SHM-17)."""
+
+    def __setstate__(self, arg: str, /) -> None: ...
+
+    @property
+    def name(self) -> str:
+        """In /dev/shm, without the slash (SHM-1)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Exactly what was asked for (SHM-2)."""
+
+    @property
+    def address(self) -> int:
+        """Where it is mapped in this process."""
+
+    def tensor(self) -> torch.Tensor:
+        """uint8 [nbytes] over the mapping, without a copy, on the CPU (SHM-12)."""
+
+    def view(self) -> kvspec.interfaces.shared_memory.SharedSegmentView:
+        """The abstract state."""
+
+    def check(self) -> None:
+        """
+        Raise ContractError if the name leads elsewhere, or the size changed (SHM-19).
+        """
 
 class NodeHandle:
     """Names a path and the incarnation of its last page (CACHE-14)."""

@@ -20,6 +20,8 @@ class SharedSegmentView(NamedTuple):
     closed: bool
     linked: bool
     """Whether the name still leads to this segment."""
+    tensors: int
+    """How many tensors over it are alive."""
 
 
 class SharedSegment(Protocol):

@@ -3,10 +3,12 @@
 from kvspec._core import (
     OwnershipLedger,
     PagedTokenToKVPoolAllocator,
+    SharedSegment,
     SWATokenToKVPoolAllocator,
     TokenToKVPoolAllocator,
 )
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.native.host_memory import HostArena
 from kvspec.native.memory_saver import TorchMemorySaverAdapter
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
@@ -15,6 +17,7 @@ from kvspec.native.swa_radix_cache import SWARadixCache
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostArena",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
@@ -23,6 +26,7 @@ __all__ = [
     "SWAChunkCache",
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "TorchMemorySaverAdapter",
 ]

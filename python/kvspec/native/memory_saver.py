@@ -7,7 +7,7 @@ storage does. The saver refers to arenas weakly, so that it keeps nothing alive.
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.memory_saver import FACTORIES, TaggedRegion
-from kvspec.interim_arena import HostArena
+from kvspec.memory_budget import Reservation
+from kvspec.native.host_memory import HostArena
 
 __all__ = ["TorchMemorySaverAdapter"]
 
@@ -40,7 +41,6 @@ class _Allocation:
 
     arena: "weakref.ref[HostArena]"
     nbytes: int
-    kind: str
     keep: bool
     backup: HostArena | None = None
 
@@ -106,25 +106,27 @@ class TorchMemorySaverAdapter:
             self._enterable(tag)  # again: it may have been paused since
             self._tags[tag].regions += 1
         try:
-            with _Capture(lambda arena: self._capture(tag, keep, arena)):
+            with _told(lambda arena: self._capture(tag, keep, arena)), _Capture():
                 yield
         finally:
             with self._lock:
                 self._tags[tag].regions -= 1
 
     def _capture(self, tag: str, keep: bool, arena: HostArena) -> None:
+        if arena.kind not in ("mmap", "shm"):
+            return  # the system takes no single pages of it back (SAVER-6)
         with self._lock:
             self._numbers += 1
             captured, number = self._tags[tag].captured, self._numbers
             gone = weakref.ref(arena, lambda _: captured.pop(number, None))
-            captured[number] = _Allocation(gone, arena.nbytes, arena.kind, keep)
+            captured[number] = _Allocation(gone, arena.nbytes, keep)
             self._counts["captured"] += arena.nbytes
 
     # -- pause and resume ------------------------------------------------------------------------
 
     def pause(self, tag: str) -> None:
-        """Give the physical pages of a tag back (SAVER-8 to SAVER-12, SAVER-15, SAVER-16)."""
-        with self._lock:
+        """Give the physical pages of a tag back (SAVER-8 to SAVER-12, SAVER-15)."""
+        with self._lock, _told(None):
             entry = self._known(tag, "SAVER-12")
             if entry.paused:
                 raise ContractError(f"SAVER-12: {tag!r} is paused already")
@@ -137,25 +139,29 @@ class TorchMemorySaverAdapter:
             _try([arena for _, arena in alive])
             for (each, arena), backup in zip(alive, backups, strict=True):
                 arena.discard()
+                arena.promise(None)
                 each.backup = backup
                 self._counts["given_back"] += each.nbytes
-                self._counts["kept"] += each.nbytes if backup is not None else 0
+                self._counts["kept"] += 0 if backup is None else each.nbytes
             entry.paused = True
 
     def resume(self, tag: str) -> None:
         """Make a paused tag usable again (SAVER-9, SAVER-10, SAVER-13, SAVER-15, SAVER-16)."""
-        with self._lock:
+        with self._lock, _told(None):
             entry = self._known(tag, "SAVER-13")
             if not entry.paused:
                 raise ContractError(f"SAVER-13: {tag!r} is not paused")
             alive = entry.alive()
-            for _, arena in alive:
-                arena.discard()
-            for each, arena in alive:
-                if each.backup is not None:
-                    arena.tensor().copy_(each.backup.tensor())
-                    self._counts["put_back"] += each.nbytes
-            for each, _ in alive:
+            reservations = _reserved([arena for _, arena in alive])
+            try:
+                for each, arena in alive:
+                    _restore(arena, each.backup)
+            except BaseException:
+                _undo([arena for _, arena in alive], reservations)
+                raise
+            for (each, arena), reservation in zip(alive, reservations, strict=True):
+                arena.promise(reservation)
+                self._counts["put_back"] += 0 if each.backup is None else each.nbytes
                 each.backup = None
             entry.paused = False
 
@@ -192,15 +198,63 @@ def _seen(entry: _Tag) -> TaggedRegion:
     return TaggedRegion(entry.paused, len(alive), nbytes, entry.regions, backups)
 
 
+@contextmanager
+def _told(listener: Callable[[HostArena], None] | None) -> Iterator[None]:
+    """Inside, and in this thread, the listener alone hears of arenas."""
+    token = HostArena.made.set(listener)
+    try:
+        yield
+    finally:
+        HostArena.made.reset(token)
+
+
 def _copied(arena: HostArena) -> HostArena:
-    """A copy in memory of its own, which goes back to the system when it is dropped."""
-    backup = HostArena("mmap", arena.nbytes)
+    """A copy in memory of its own, which goes back to the system when it is dropped (SAVER-10)."""
+    backup = HostArena("mmap", arena.nbytes, label="backup")
     backup.tensor().copy_(arena.tensor())
     return backup
 
 
 def _try(arenas: Sequence[HostArena]) -> None:
-    """Whether all can be given back, found out on the first page of each, which is put back."""
+    """Raise if one of them cannot be given back, before anything of any is (SAVER-15).
+
+    Whether the kernel takes memory back, which it does not where it is locked, is seen only by
+    giving it: the first page of each is, and put back.
+    """
+    for arena in arenas:
+        first = arena.tensor(shape=(min(arena.page_bytes, arena.nbytes),))
+        kept = first.clone()
+        arena.discard(0, first.numel())
+        first.copy_(kept)
+
+
+def _reserved(arenas: Sequence[HostArena]) -> list[Reservation | None]:
+    """The bytes of all of them in the budget, or none (SAVER-16)."""
+    taken: list[Reservation | None] = []
+    try:
+        for arena in arenas:
+            taken.append(arena.reserved_again())
+    except BaseException:
+        _undo([], taken)
+        raise
+    return taken
+
+
+def _restore(arena: HostArena, backup: HostArena | None) -> None:
+    """What was written since the pause goes, what was kept comes (SAVER-9)."""
+    arena.discard()
+    if backup is not None:
+        arena.tensor().copy_(backup.tensor())
+
+
+def _undo(arenas: Sequence[HostArena], reservations: Sequence[Reservation | None]) -> None:
+    """Back to sleep, after a resume that failed halfway (SAVER-15)."""
+    for arena in arenas:
+        with suppress(Exception):  # the one that cannot be given back, which is why
+            arena.discard()
+    for reservation in reservations:
+        if reservation is not None:
+            reservation.release()
 
 
 class _Twin(TorchMemorySaverAdapter):
@@ -223,11 +277,7 @@ class _Twin(TorchMemorySaverAdapter):
 
 
 class _Capture(TorchDispatchMode):
-    """Inside, the results of factories are over arenas, each told to `captured` (SAVER-3)."""
-
-    def __init__(self, captured: Callable[[HostArena], None]) -> None:
-        super().__init__()
-        self._captured = captured
+    """Inside, the results of factories are over arenas (SAVER-3)."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -243,15 +293,14 @@ class _Capture(TorchDispatchMode):
         if not _captures(name, model, fresh):
             return func(*args, **given) if fresh else model
         made = self._over(model)
+        made = _over_arena(model)
         return made if fresh else made.copy_(model)
 
-    def _over(self, model: Tensor) -> Tensor:
-        """A tensor like the model over an arena as large as its storage: all zeros."""
-        arena = HostArena("mmap", model.untyped_storage().nbytes())
-        storage = arena.tensor().untyped_storage()
-        made = torch.empty(0, dtype=model.dtype).set_(storage, 0, model.shape, model.stride())
-        self._captured(arena)
-        return made
+
+def _over_arena(model: Tensor) -> Tensor:
+    """A tensor like the model over an arena as large as its storage: all zeros."""
+    storage = HostArena("mmap", model.untyped_storage().nbytes()).tensor().untyped_storage()
+    return torch.empty(0, dtype=model.dtype).set_(storage, 0, model.shape, model.stride())
 
 
 def _require_device(name: str, args: Sequence[Any], given: Mapping[str, Any]) -> None:

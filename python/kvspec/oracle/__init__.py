@@ -1,5 +1,6 @@
 """The oracle: every room as the shortest correct text, in lists, sets and dicts."""
 
+from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
@@ -15,6 +16,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "MemoryBudget",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
