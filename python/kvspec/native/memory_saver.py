@@ -189,6 +189,14 @@ class TorchMemorySaverAdapter:
 
     def check(self) -> None:
         """Raise ContractError if a paused tag was written (SAVER-18)."""
+        with self._lock:
+            for tag, entry in self._tags.items():
+                for each, arena in entry.alive():
+                    if entry.paused and arena.resident_bytes() and arena.tensor().any():
+                        raise ContractError(
+                            f"SAVER-8: {tag!r} is paused, and an allocation of {each.nbytes} bytes"
+                            " was written"
+                        )
 
 
 def _seen(entry: _Tag) -> TaggedRegion:
@@ -292,7 +300,6 @@ class _Capture(TorchDispatchMode):
         model = func(*args, **{**given, "device": "meta"}) if fresh else func(*args, **given)
         if not _captures(name, model, fresh):
             return func(*args, **given) if fresh else model
-        made = self._over(model)
         made = _over_arena(model)
         return made if fresh else made.copy_(model)
 

@@ -41,20 +41,30 @@ def tensor(given: Sequence[int]) -> Tensor:
 
 
 class Capture(TorchDispatchMode):
-    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3)."""
+    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3, SAVER-7)."""
 
-    def __init__(self, arenas: Any, captured: Callable[[Any], None]) -> None:
+    def __init__(self, arenas: Any) -> None:
         super().__init__()
-        self._arenas, self._captured = arenas, captured
+        self._arenas = arenas
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in FACTORIES or not _is_new_memory(made):
+        name, given = func.overloadpacket.__name__, kwargs or {}
+        if name not in FACTORIES or "out" in given:
+            return func(*args, **given)
+        of = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
+        device = torch.device(given.get("device") or of)
+        if device.type not in ("cpu", "meta"):
+            raise ContractError(
+                f"SAVER-7: {name} on {device} inside a region needs CUDA and the package"
+                " torch_memory_saver"
+            )
+        if given.get("pin_memory"):
+            raise ContractError(f"SAVER-7: {name} of pinned memory, which cannot be given back")
+        made = func(*args, **given)
+        if not _is_new_memory(made):
             return made
-        arena = self._arenas("mmap", made.untyped_storage().nbytes())
-        storage = arena.tensor().untyped_storage()
+        storage = self._arenas("mmap", made.untyped_storage().nbytes()).tensor().untyped_storage()
         copy = torch.empty(0, dtype=made.dtype).set_(storage, 0, made.shape, made.stride())
-        self._captured(arena)
         return copy.copy_(made)
 
 

@@ -6,7 +6,7 @@ refers to is freed, and its tag has one allocation less.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,7 +16,7 @@ from kvspec.interim_arena import HostArena
 from kvspec.oracle.boundary import Capture
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kvspec.memory_budget import Reservation
 
 __all__ = ["TorchMemorySaverAdapter"]
 
@@ -28,7 +28,7 @@ class Allocation:
     arena: "weakref.ref[HostArena]"
     nbytes: int
     keep: bool
-    backup: "Tensor | None" = None
+    backup: HostArena | None = None
 
 
 @dataclass
@@ -77,12 +77,14 @@ class TorchMemorySaverAdapter:
         entry = self._tags[tag]
         entry.regions += 1
         try:
-            with Capture(HostArena, lambda arena: self._capture(entry, keep, arena)):
+            with heard(lambda arena: self._capture(entry, keep, arena)), Capture(HostArena):
                 yield
         finally:
             entry.regions -= 1
 
     def _capture(self, entry: Tag, keep: bool, arena: HostArena) -> None:
+        if arena.kind not in ("mmap", "shm"):
+            return  # the system takes no single pages of it back (SAVER-6)
         entry.captured.append(Allocation(weakref.ref(arena), arena.nbytes, keep))
         self._counts["captured"] += arena.nbytes
 
@@ -103,9 +105,20 @@ class TorchMemorySaverAdapter:
             )
         alive = entry.alive()
         contents = [arena.tensor().clone() for _, arena in alive]
-        for (each, arena), copy in zip(alive, contents, strict=True):
-            arena.discard()
-            each.backup = copy if each.keep else None
+        with heard(None):
+            backups = [copied(arena) if each.keep else None for each, arena in alive]
+        try:
+            for _, arena in alive:
+                arena.discard()
+        except BaseException:
+            for (_, arena), before in zip(alive, contents, strict=True):
+                arena.tensor().copy_(before)
+            raise
+        for (each, arena), backup in zip(alive, backups, strict=True):
+            arena.promise(None)
+            each.backup = backup
+            self._counts["given_back"] += each.nbytes
+            self._counts["kept"] += 0 if backup is None else each.nbytes
         entry.paused = True
 
     def resume(self, tag: str) -> None:
@@ -113,11 +126,22 @@ class TorchMemorySaverAdapter:
         entry = self._known(tag, "SAVER-13")
         if not entry.paused:
             raise ContractError(f"SAVER-13: {tag!r} is not paused")
-        for each, arena in entry.alive():
-            arena.discard()
-            if each.backup is not None:
-                arena.tensor().copy_(each.backup)
-                each.backup = None
+        alive = entry.alive()
+        with ExitStack() as undo:
+            reservations = []
+            for _, arena in alive:  # all of them, before any is changed (SAVER-16)
+                reservations.append(arena.reserved_again())
+                undo.callback(release, reservations[-1])
+            for each, arena in alive:
+                undo.callback(arena.tensor().copy_, arena.tensor().clone())
+                arena.discard()
+                if each.backup is not None:
+                    arena.tensor().copy_(each.backup.tensor())
+            undo.pop_all()
+        for (each, arena), reservation in zip(alive, reservations, strict=True):
+            arena.promise(reservation)
+            self._counts["put_back"] += 0 if each.backup is None else each.nbytes
+            each.backup = None
         entry.paused = False
 
     def _known(self, tag: str, clause: str) -> Tag:
@@ -147,6 +171,36 @@ class TorchMemorySaverAdapter:
 
     def check(self) -> None:
         """Raise ContractError if a paused tag was written (SAVER-18)."""
+        for tag, entry in self._tags.items():
+            for each, arena in entry.alive():
+                if entry.paused and arena.resident_bytes() and arena.tensor().any():
+                    raise ContractError(
+                        f"SAVER-8: {tag!r} is paused, and an allocation of {each.nbytes} bytes"
+                        " was written"
+                    )
+
+
+@contextmanager
+def heard(listener: "Callable[[HostArena], None] | None") -> Iterator[None]:
+    """Inside, the listener alone hears of arenas."""
+    token = HostArena.made.set(listener)
+    try:
+        yield
+    finally:
+        HostArena.made.reset(token)
+
+
+def copied(arena: HostArena) -> HostArena:
+    """A copy in memory of its own (SAVER-10)."""
+    backup = HostArena("mmap", arena.nbytes, label="backup")
+    backup.tensor().copy_(arena.tensor())
+    return backup
+
+
+def release(reservation: "Reservation | None") -> None:
+    """Give it back, if there is one."""
+    if reservation is not None:
+        reservation.release()
 
 
 class Twin(TorchMemorySaverAdapter):
@@ -155,7 +209,7 @@ class Twin(TorchMemorySaverAdapter):
     enabled = False
 
     def region(self, tag: str, enable_cpu_backup: bool = False) -> AbstractContextManager[None]:
-        """Nothing."""
+        """What is allocated inside is ordinary memory."""
         return nullcontext()
 
     def pause(self, tag: str) -> None:
