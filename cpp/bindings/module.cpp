@@ -27,6 +27,9 @@ void raise(const char* type, const std::exception& error) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // Tensors keep the arenas that they lie in, and a process may end with tensors.
+  nb::set_leak_warnings(false);
+
   nb::register_exception_translator([](const std::exception_ptr& raised, void*) {
     try {
       std::rethrow_exception(raised);

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SWARadixCache,
         SWATokenToKVPoolAllocator,
         TokenToKVPoolAllocator,
+        TorchMemorySaverAdapter,
     )
     from kvspec.poison import Poison
 
@@ -71,6 +72,7 @@ __all__ = [
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
     "check_memory",
     "get_swa_token_info",
     "has_native",

@@ -18,6 +18,7 @@ from kvspec.native.kv_storage import (
     SWAKVPool,
 )
 from kvspec.native.host_memory import HostArena
+from kvspec.native.memory_saver import TorchMemorySaverAdapter
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.native.swa_radix_cache import SWARadixCache
@@ -43,4 +44,5 @@ __all__ = [
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
 ]

@@ -13,6 +13,7 @@ from kvspec.oracle.kv_storage import (
     SWAKVPool,
 )
 from kvspec.oracle.host_memory import HostArena
+from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
@@ -46,6 +47,7 @@ __all__ = [
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
     "check_memory",
     "get_swa_token_info",
     "namespace_frame",
