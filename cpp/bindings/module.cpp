@@ -5,8 +5,8 @@
 
 namespace nb = nanobind;
 
-void bind_kv_storage(nb::module_& m);
 void bind_host_memory(nb::module_& m);
+void bind_kv_storage(nb::module_& m);
 void bind_ownership_ledger(nb::module_& m);
 void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
@@ -48,8 +48,8 @@ NB_MODULE(_core, m) {
   bind_page_allocator(m);
   bind_swa_allocator(m);
   bind_request_pool(m);
-  bind_kv_storage(m);
   bind_host_memory(m);
+  bind_kv_storage(m);
   bind_shared_memory(m);
   bind_radix_cache(m);
   bind_ownership_ledger(m);

@@ -23,7 +23,7 @@ MOVES = tuple(f"KV-{n}" for n in (14, 15))
 COPIES = tuple(f"KV-{n}" for n in (16, 17, 18))
 
 
-@registry.mutant("KV-1", "KV-2", *WRITES, *COPIES, "KV-3", reports=("VL-43990",))
+@registry.mutant("KV-1", "KV-2", *WRITES, *COPIES, "KV-3", "KV-8", reports=("VL-43990",))
 class LeavesNewPagesAsTheyCome(MHATokenToKVPool):
     """What the memory held before is read with a page that is not full."""
 
@@ -51,7 +51,7 @@ class AllocatesOnTheCPUWhateverIsAsked(MLATokenToKVPool):
         super().__init__(device="cpu", **given)
 
 
-@registry.mutant("KV-3", "KV-4", "KV-16", "KV-17", *WRITES, "KV-14", "KV-15", "KV-18")
+@registry.mutant("KV-3", "KV-8", "KV-16", "KV-17", *WRITES, "KV-14", "KV-15", "KV-18")
 class GivesCopiesOfItsMemory(MHATokenToKVPool):
     def get_key_buffer(self, layer_id: int) -> Any:
         return super().get_key_buffer(layer_id).clone()
@@ -102,6 +102,14 @@ class CountsARowAsAPage(MLATokenToKVPool):
     def get_contiguous_buf_infos(self) -> Any:
         pointers, sizes, pages = super().get_contiguous_buf_infos()
         return pointers, sizes, [size // self.page_size for size in pages]
+
+
+@registry.mutant("KV-8")
+class AllocatesOutsideOfTheSaver(MHATokenToKVPool):
+    """So a pause gives nothing back."""
+
+    def _allocate(self, enable: bool, rows: Any) -> None:
+        super()._allocate(False, rows)
 
 
 @registry.mutant("KV-9", *WRITES, "KV-3", *COPIES, "KV-14", "KV-29", "KV-30", "KV-20", "KV-34")
@@ -306,7 +314,7 @@ class MovesWhatThereIs(MHATokenToKVPool):
         super().move_kv_cache(tgt_loc, src_loc)
 
 
-@registry.mutant("KV-16", "KV-11", "KV-14")
+@registry.mutant("KV-16", "KV-11", "KV-14", "KV-17")
 class CopiesAViewOfARow(MHATokenToKVPool):
     """A copy of one slot, or of slots in a row, is the pool's memory."""
 
@@ -417,11 +425,11 @@ class TakesAHostAsSmallAsTheDevice(MHATokenToKVPoolHost):
             super().__init__(**given | {"host_to_device_ratio": 2.0})
 
 
-@registry.mutant("KV-24", "KV-27", "KV-25", "KV-26")
+@registry.mutant("KV-24", "KV-27", "KV-25", "KV-26", "KV-28", "KV-32")
 class LosesAPageNowAndThen(MHATokenToKVPoolHost):
     def free(self, indices: Any) -> int:
         count = super().free(indices)
-        if count == self.page_size and len(self._free) > 12:
+        if count == self.page_size and len(self._free) > 8:
             del self._free[-count:]
         return count
 
@@ -481,7 +489,7 @@ class FreesPartOfAPage(MHATokenToKVPoolHost):
                 raise
 
 
-@registry.mutant("KV-29", "KV-30", "KV-32")
+@registry.mutant("KV-29", "KV-30", "KV-32", "KV-34")
 class BacksUpTheFirstLayer(MHATokenToKVPoolHost):
     def backup_from_device_all_layer(self, *given: Any, **named: Any) -> None:
         count, self.layer_num = self.layer_num, 1
@@ -491,7 +499,7 @@ class BacksUpTheFirstLayer(MHATokenToKVPoolHost):
             self.layer_num = count
 
 
-@registry.mutant("KV-30", "KV-29")
+@registry.mutant("KV-30", "KV-29", "KV-34")
 class LoadsEveryLayer(MHATokenToKVPoolHost):
     """Layers that the attention is reading are written again."""
 

@@ -8,6 +8,7 @@ from kvspec._core import (
     TokenToKVPoolAllocator,
 )
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.native.host_memory import HostArena
 from kvspec.native.kv_storage import (
     HostKVCache,
     KVCache,
@@ -17,7 +18,6 @@ from kvspec.native.kv_storage import (
     MLATokenToKVPoolHost,
     SWAKVPool,
 )
-from kvspec.native.host_memory import HostArena
 from kvspec.native.memory_saver import TorchMemorySaverAdapter
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
@@ -26,13 +26,13 @@ from kvspec.native.swa_radix_cache import SWARadixCache
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostArena",
     "HostKVCache",
     "KVCache",
     "MHATokenToKVPool",
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
     "MLATokenToKVPoolHost",
-    "HostArena",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",

@@ -3,6 +3,7 @@
 from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.kv_storage import (
     HostKVCache,
     KVCache,
@@ -12,7 +13,6 @@ from kvspec.oracle.kv_storage import (
     MLATokenToKVPoolHost,
     SWAKVPool,
 )
-from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
@@ -27,13 +27,13 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
+    "HostArena",
     "HostKVCache",
     "KVCache",
     "MHATokenToKVPool",
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
     "MLATokenToKVPoolHost",
-    "HostArena",
     "MemoryBudget",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",

@@ -3,13 +3,13 @@
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvspec.errors import ContractError, HostMemoryError
+from kvspec.interfaces.memory_saver import FACTORIES
 
 KV_TYPES = (
     torch.float64,
@@ -20,8 +20,6 @@ KV_TYPES = (
     torch.float8_e4m3fn,
 )
 """What KV is kept in; all but those of one byte can be cast to any of them."""
-from kvspec.errors import ContractError
-from kvspec.interfaces.memory_saver import FACTORIES
 
 _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
@@ -75,6 +73,8 @@ def raw(given: Tensor) -> bytes:
 def unsigned(numbers: Sequence[int]) -> Tensor:
     """A uint64 tensor on the CPU."""
     return torch.tensor(numbers, dtype=torch.uint64)
+
+
 def memory_tensor(memory: Any) -> Tensor:
     """A uint8 tensor over the memory of an object that it keeps alive: something with a buffer."""
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -117,6 +117,8 @@ def pin(address: int, nbytes: int) -> Callable[[], object] | None:
             f"HOST-22: cudaHostRegister of {nbytes} bytes failed with error {code}"
         )
     return lambda: runtime.cudaHostUnregister(address)
+
+
 class Capture(TorchDispatchMode):
     """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3, SAVER-7)."""
 

@@ -146,6 +146,7 @@ class HostConformance(StorageSubjects):
         assert host.available_size() == len(free) == 12
         for turn in range(20):
             taken = host.alloc(4 * (turn % 4))
+            assert taken is not None
             host.free(taken)
         assert sorted([*host.view().free, *host.view().rows]) == list(range(16))
 

@@ -255,3 +255,25 @@ class MemoryConformance(StorageSubjects):
         known = {buffer.data_ptr() for layer in range(4) for buffer in pool.get_kv_buffer(layer)}
         assert len(pointers) == 8
         assert set(pointers) == known
+
+    @clause("KV-8")
+    @pytest.mark.parametrize("kind", ["mha", "mla", "windows"])
+    def test_the_saver_gives_the_memory_back(self, kind: str) -> None:
+        saver = self.impl.TorchMemorySaverAdapter.create(True)
+        before = saver.view().get("kv_cache")
+        given: dict[str, Any] = {"mapping": None} if kind == "windows" else {}
+        pool = getattr(self, kind)(size=2048, enable_memory_saver=True, **given)
+        plain = getattr(self, kind)(size=2048, **given)
+        captured = saver.view()["kv_cache"].nbytes - (before.nbytes if before else 0)
+        assert captured == pool.kv_size_bytes() == plain.kv_size_bytes()
+        for each in (pool, plain):
+            each.get_key_buffer(0).fill_(5)
+        pointers = pool.get_contiguous_buf_infos()
+        saver.pause("kv_cache")
+        saver.resume("kv_cache")
+        assert pool.get_contiguous_buf_infos() == pointers
+        assert not pool.get_key_buffer(0).any()
+        assert plain.get_key_buffer(0).eq(5).all()
+        row = rows(1, 1, 6) if kind == "mla" else rows(1)
+        pool.get_key_buffer(0)[3] = row[0]
+        assert same(pool.get_key_buffer(0)[[3]], row)

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from kvspec._core import HostSlots, copy_rows
 from kvspec.errors import ContractError
+from kvspec.interfaces.host_memory import ArenaKind
 from kvspec.interfaces.kv_storage import HostedPool, HostPoolView, IOBackend, Layout
 from kvspec.interfaces.slot_allocator import Slots
+from kvspec.native.host_memory import HostArena
 from kvspec.native.kv_storage.pools import bytes_of, require_cpu
 
 __all__ = ["HostKVCache", "MHATokenToKVPoolHost", "MLATokenToKVPoolHost"]
 
 
 def _host_memory(shape: Sequence[int], dtype: torch.dtype, pin_memory: bool) -> Tensor:
-    """The memory of a host pool, which the tensor keeps."""
-    return torch.empty(tuple(shape), dtype=dtype)
+    """The memory of a host pool, pinned where there is a device for it (KV-22)."""
+    kind: ArenaKind = "pinned" if pin_memory and torch.cuda.is_available() else "mmap"
+    return HostArena(kind, prod(shape) * dtype.itemsize, label="kv").tensor(dtype, shape)
 
 
 class HostKVCache:

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from kvspec._core import KVStorage
 from kvspec.errors import ContractError
 from kvspec.interfaces.kv_storage import KVPoolView, Layer, LayerTransferCounter, Scale
+from kvspec.interfaces.memory_saver import GPU_MEMORY_TYPE_KV_CACHE
 from kvspec.interfaces.slot_allocator import Slots
+from kvspec.native.memory_saver import TorchMemorySaverAdapter
 
 __all__ = ["Copy", "KVCache", "MHATokenToKVPool", "MLATokenToKVPool", "bytes_of", "require_cpu"]
 
@@ -35,9 +37,7 @@ def require_cpu(device: object) -> None:
 
 def _saver_region(enable: bool) -> AbstractContextManager[None]:
     """Where the tensors of a pool are allocated (KV-8)."""
-    if enable:
-        raise ContractError("KV-8: enable_memory_saver=True needs the room memory_saver")
-    return nullcontext()
+    return TorchMemorySaverAdapter.create(enable).region(GPU_MEMORY_TYPE_KV_CACHE)
 
 
 def bytes_of(tensor: Tensor) -> bytes:

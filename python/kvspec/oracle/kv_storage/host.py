@@ -2,12 +2,15 @@
 
 import operator
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, get_args
 
 from kvspec.errors import ContractError
+from kvspec.interfaces.host_memory import ArenaKind
 from kvspec.interfaces.kv_storage import HostedPool, HostPoolView, IOBackend, Layout
 from kvspec.interfaces.slot_allocator import Slots
-from kvspec.oracle.boundary import is_tensor, numbers, raw, tensor, zeros
+from kvspec.oracle.boundary import has_device, is_tensor, numbers, raw, tensor, zeros
+from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.kv_storage.pools import require_cpu
 
 if TYPE_CHECKING:
@@ -18,8 +21,9 @@ __all__ = ["HostKVCache", "MHATokenToKVPoolHost", "MLATokenToKVPoolHost"]
 
 
 def host_memory(shape: Sequence[int], dtype: "torch.dtype", pin_memory: bool) -> "Tensor":
-    """The memory of a host pool."""
-    return zeros(shape, dtype)
+    """The memory of a host pool, pinned where there is a device for it (KV-22)."""
+    kind: ArenaKind = "pinned" if pin_memory and has_device() else "mmap"
+    return HostArena(kind, prod(shape) * dtype.itemsize, label="kv").tensor(dtype, shape)
 
 
 class HostKVCache:

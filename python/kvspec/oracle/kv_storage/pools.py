@@ -2,11 +2,12 @@
 
 import operator
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.kv_storage import KVPoolView, Layer, LayerTransferCounter, Scale
+from kvspec.interfaces.memory_saver import GPU_MEMORY_TYPE_KV_CACHE
 from kvspec.interfaces.slot_allocator import Slots
 from kvspec.oracle.boundary import (
     KV_TYPES,
@@ -18,6 +19,7 @@ from kvspec.oracle.boundary import (
     unsigned,
     zeros,
 )
+from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +41,7 @@ def require_cpu(device: object) -> None:
 
 def saver_region(enable: bool) -> AbstractContextManager[None]:
     """Where the tensors of a pool are allocated (KV-8)."""
-    if enable:
-        raise ContractError("KV-8: enable_memory_saver=True needs the room memory_saver")
-    return nullcontext()
+    return TorchMemorySaverAdapter.create(enable).region(GPU_MEMORY_TYPE_KV_CACHE)
 
 
 class KVCache:
