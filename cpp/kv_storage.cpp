@@ -164,10 +164,17 @@ void KVStorage::move(std::string_view clause, SlotSpan targets, SlotSpan sources
                      std::size_t tensor_count) {
   require_move(clause, targets, sources);
   if (targets.empty()) return;
-  for (const RowMemory& tensor : std::span(tensors_).first(tensor_count)) {
-    const Scratch gathered(tensor, sources.size());
-    copy_rows(gathered.rows(), std::nullopt, tensor, sources);
-    copy_rows(tensor, targets, gathered.rows(), std::nullopt);
+  const auto tensors = std::span(tensors_).first(tensor_count);
+  RowMemory widest;  // memory for rows of any of them, before the first is moved
+  for (const RowMemory& tensor : tensors) {
+    if (tensor.row_bytes > widest.row_bytes) widest = tensor;
+  }
+  const Scratch scratch(widest, sources.size());
+  for (const RowMemory& tensor : tensors) {
+    const RowMemory gathered{scratch.rows().data, scratch.rows().row_count,
+                             static_cast<std::int64_t>(tensor.row_bytes), tensor.row_bytes};
+    copy_rows(gathered, std::nullopt, tensor, sources);
+    copy_rows(tensor, targets, gathered, std::nullopt);
     count(sources);
     count(targets);
   }

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 import kvspec.oracle
-from kvspec.conformance.kv_storage import KVStorageConformance
+from kvspec.conformance.kv_storage import FocusedKVStorageConformance
 from kvspec.conformance.mutants import Registry
 from kvspec.errors import ContractError
 from kvspec.oracle import (
@@ -16,7 +16,7 @@ from kvspec.oracle import (
     SWAKVPool,
 )
 
-registry = Registry(KVStorageConformance, kvspec.oracle)
+registry = Registry(FocusedKVStorageConformance, kvspec.oracle)
 
 WRITES = tuple(f"KV-{n}" for n in (9, 10, 11, 12, 13))
 MOVES = tuple(f"KV-{n}" for n in (14, 15))

@@ -11,6 +11,7 @@ import pytest
 import kvspec
 from kvspec import _core
 from kvspec.conformance.chunk_cache import ChunkCacheConformance
+from kvspec.conformance.kv_storage import KVStorageConformance
 from kvspec.conformance.lockstep.campaign import campaign
 from kvspec.conformance.ownership_ledger import OwnershipLedgerConformance
 from kvspec.conformance.page_allocator import PageAllocatorConformance
@@ -40,6 +41,10 @@ class TestSWAAllocator(SWAAllocatorConformance):
 
 
 class TestRequestPool(RequestPoolConformance):
+    impl = kvspec
+
+
+class TestKVStorage(KVStorageConformance):
     impl = kvspec
 
 

@@ -7,15 +7,18 @@ from kvspec.conformance.kv_storage.memory import MemoryConformance
 from kvspec.conformance.kv_storage.windows import WindowStorageConformance
 from kvspec.conformance.kv_storage.writing import WritingConformance
 
-__all__ = ["KVStorageConformance"]
+__all__ = ["FocusedKVStorageConformance", "KVStorageConformance"]
 
 
-class KVStorageConformance(
+class FocusedKVStorageConformance(
     MemoryConformance,
     WritingConformance,
     CopyConformance,
     WindowStorageConformance,
     HostConformance,
-    HistoryConformance,
 ):
-    """Tests of the pools of a device, of windows and of the host."""
+    """Tests of the pools of a device, of windows and of the host, each of what it says."""
+
+
+class KVStorageConformance(FocusedKVStorageConformance, HistoryConformance):
+    """The same, and random histories."""
