@@ -48,6 +48,7 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "budget": impl.MemoryBudget,
         "arena": impl.HostArena,
         "torch": torch,
+        **storage(impl),
         "ledger": partial(impl.OwnershipLedger, page_size=4, row_count=2),
         "channel": channel,
         "readers": readers,
@@ -58,6 +59,37 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "attach": impl.SharedSegment.attach,
         "page_hashes": kvspec.page_hashes,
         "namespace_frame": oracle.namespace_frame,
+    }
+
+
+def storage(impl: ModuleType) -> dict[str, Any]:
+    """Pools of KV of 4 slots and 2 layers, the second of which may have a window."""
+    shape: dict[str, Any] = {"size": 4, "dtype": torch.float32, "device": "cpu", "page_size": 1}
+    shape |= {"enable_memory_saver": False}
+    heads, layers = {"head_num": 2, "head_dim": 3}, {"layer_num": 2}
+    latent = {"kv_lora_rank": 4, "qk_rope_head_dim": 2}
+    windows = {"swa_attention_layer_ids": [1], "full_attention_layer_ids": [0], "size_swa": 2}
+
+    def mha(**given: Any) -> Any:
+        return impl.MHATokenToKVPool(**shape | heads | layers | given)
+
+    def host(
+        size: int = 4,
+        page_size: int = 1,
+        host_to_device_ratio: float = 2,
+        layout: str = "layer_first",
+    ) -> Any:
+        sizes = host_to_device_ratio, 0, page_size, layout
+        return impl.MHATokenToKVPoolHost(mha(size=size), *sizes, pin_memory=False)
+
+    return {
+        "filled": lambda value, *shape: torch.full(shape, float(value)),
+        "float8": torch.float8_e4m3fn,
+        "host": host,
+        "integers": lambda given: torch.tensor(given, dtype=torch.int64),
+        "mha": mha,
+        "mla": lambda **given: impl.MLATokenToKVPool(**shape | latent | layers | given),
+        "windows": lambda **given: impl.SWAKVPool(**shape | heads | windows | given),
     }
 
 

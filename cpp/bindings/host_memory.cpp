@@ -126,14 +126,19 @@ struct HostBlock {
   std::optional<HostArena> arena;
 };
 
+// What a tensor holds: its share of the memory, and the arena that it is a share of, so that the
+// object lives as long as the memory does.
+struct Holder {
+  std::shared_ptr<std::byte> memory;
+  nb::object arena;
+};
+
 nb::object share(HostBlock& block, nb::handle offset, nb::handle nbytes) {
   const std::int64_t count = integer(nbytes);
-  auto held = std::make_unique<std::shared_ptr<std::byte>>(
-      block.get().share(integer(offset), count));
-  std::byte* const data = held->get();
-  const nb::capsule owner(held.release(), [](void* share_given) noexcept {
-    std::unique_ptr<std::shared_ptr<std::byte>> last(
-        static_cast<std::shared_ptr<std::byte>*>(share_given));
+  auto held = std::make_unique<Holder>(block.get().share(integer(offset), count), nb::find(block));
+  std::byte* const data = held->memory.get();
+  const nb::capsule owner(held.release(), [](void* given) noexcept {
+    std::unique_ptr<Holder> last(static_cast<Holder*>(given));
   });
   using Memory = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::device::cpu>;
   return kvspec::bindings::Torch::get().from_capsule(

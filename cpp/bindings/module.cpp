@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 void bind_host_memory(nb::module_& m);
+void bind_kv_storage(nb::module_& m);
 void bind_ownership_ledger(nb::module_& m);
 void bind_page_allocator(nb::module_& m);
 void bind_radix_cache(nb::module_& m);
@@ -27,6 +28,9 @@ void raise(const char* type, const std::exception& error) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // Tensors keep the arenas that they lie in, and a process may end with tensors.
+  nb::set_leak_warnings(false);
+
   nb::register_exception_translator([](const std::exception_ptr& raised, void*) {
     try {
       std::rethrow_exception(raised);
@@ -46,6 +50,7 @@ NB_MODULE(_core, m) {
   bind_swa_allocator(m);
   bind_request_pool(m);
   bind_host_memory(m);
+  bind_kv_storage(m);
   bind_shared_memory(m);
   bind_shm_channel(m);
   bind_radix_cache(m);

@@ -362,6 +362,77 @@ def populates_on_request() -> bool:
 def huge_page_bytes() -> int:
     """Of the default huge pages."""
 
+class KVStorage:
+    """Tensors of rows that slots name. Spec: KV."""
+
+    def __init__(self, row_count: int, sink_count: int, checked: bool) -> None: ...
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """One more tensor, of row_count rows."""
+
+    def write(self, clause: str, slots: object | None, tensor: int, given: object) -> None:
+        """Rows of one tensor (KV-9, KV-12, KV-13)."""
+
+    def write_two(self, clause: str, slots: object | None, tensor: int, given: object, other_tensor: int, other_given: object) -> None:
+        """Rows of two tensors, or of none (KV-9, KV-12, KV-13)."""
+
+    def read(self, clause: str, slots: object | None, tensor: int, out: object) -> None:
+        """Copy rows (KV-16, KV-18)."""
+
+    def move(self, clause: str, targets: object | None, sources: object | None, tensor_count: int) -> None:
+        """Rows of the first tensors (KV-14, KV-15)."""
+
+    def require_move(self, clause: str, targets: object | None, sources: object | None) -> None:
+        """Refuse slots that a move cannot take (KV-15)."""
+
+    def require_targets(self, clause: str, slots: object | None) -> int:
+        """
+        Refuse a slot out of range or named twice beyond the sink; how many there are.
+        """
+
+    def require_rows(self, clause: str, slots: object | None) -> int:
+        """Refuse a slot out of range; how many there are."""
+
+    @property
+    def rows_copied(self) -> int:
+        """Exact cost so far (KV-34)."""
+
+class HostSlots:
+    """The books of a host pool. Spec: KV."""
+
+    def __init__(self, size: int, page_size: int, device_first: int, device_end: int) -> None: ...
+
+    def available_size(self) -> int:
+        """How many slots `alloc` can hand out."""
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        """
+        Take the slots that have been free longest, or None (KV-25, KV-26, KV-28).
+        """
+
+    def free(self, indices: object | None) -> int:
+        """Give whole pages back; how many slots (KV-27, KV-28)."""
+
+    def clear(self) -> None:
+        """Make every slot free (KV-27)."""
+
+    def require_transfer(self, host: object | None, device: object | None) -> int:
+        """Refuse slots that do not fit each other (KV-31); how many there are."""
+
+    def require_page(self, slot: int) -> None:
+        """Refuse where no held page begins (KV-33)."""
+
+    def free_slots(self) -> list[int]:
+        """The next to be handed out first. O(size)."""
+
+    def held_slots(self) -> list[int]:
+        """Ascending. O(size)."""
+
+def copy_rows(to: object, to_slots: object, from_: object, from_slots: object) -> None:
+    """
+    Rows of one tensor into another that does not share memory (KV-29, KV-30).
+    """
+
 class SharedSegment:
     """A handle on a named segment of shared memory. Spec: SHM."""
 

@@ -13,6 +13,7 @@ import pytest
 import kvspec
 from kvspec import _core
 from kvspec.conformance.chunk_cache import ChunkCacheConformance
+from kvspec.conformance.kv_storage import KVStorageConformance
 from kvspec.conformance.lockstep.campaign import campaign
 from kvspec.conformance.ownership_ledger import OwnershipLedgerConformance
 from kvspec.conformance.page_allocator import PageAllocatorConformance
@@ -54,6 +55,10 @@ class TestRequestPool(RequestPoolConformance):
 
 
 class TestShmChannel(ShmChannelConformance):
+    impl = kvspec
+
+
+class TestKVStorage(KVStorageConformance):
     impl = kvspec
 
 

@@ -3,6 +3,12 @@
 from kvspec import native, oracle
 from kvspec.interfaces.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.interfaces.host_memory import HostArena
+from kvspec.interfaces.kv_storage import (
+    HostKVCache,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+    SWAKVPool,
+)
 from kvspec.interfaces.memory_checker import CheckMemory
 from kvspec.interfaces.ownership_ledger import OwnershipLedger
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
@@ -40,6 +46,15 @@ window_chunks: list[type[SWAChunkCache]] = [native.SWAChunkCache, oracle.SWAChun
 hashes: PageHashes = oracle.page_hashes
 check: CheckMemory = oracle.check_memory
 ledgers: list[type[OwnershipLedger]] = [native.OwnershipLedger, oracle.OwnershipLedger]
+heads: list[type[MHATokenToKVPool]] = [native.MHATokenToKVPool, oracle.MHATokenToKVPool]
+latents: list[type[MLATokenToKVPool]] = [native.MLATokenToKVPool, oracle.MLATokenToKVPool]
+windows: list[type[SWAKVPool]] = [native.SWAKVPool, oracle.SWAKVPool]
+hosts: list[type[HostKVCache]] = [
+    native.MHATokenToKVPoolHost,
+    oracle.MHATokenToKVPoolHost,
+    native.MLATokenToKVPoolHost,
+    oracle.MLATokenToKVPoolHost,
+]
 segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]
 arenas: list[type[HostArena]] = [native.HostArena, oracle.HostArena]
 channels: list[type[ShmChannel]] = [native.ShmChannel, oracle.ShmChannel]

@@ -9,6 +9,16 @@ from kvspec._core import (
 )
 from kvspec.native.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.native.host_memory import HostArena
+from kvspec.native.kv_storage import (
+    HostKVCache,
+    KVCache,
+    MHATokenToKVPool,
+    MHATokenToKVPoolHost,
+    MLATokenToKVPool,
+    MLATokenToKVPoolHost,
+    SWAKVPool,
+)
+from kvspec.native.memory_saver import TorchMemorySaverAdapter
 from kvspec.native.radix_cache import RadixCache, RadixCacheCpp
 from kvspec.native.request_pool import DecodeReqToTokenPool, ReqToTokenPool
 from kvspec.native.shm_channel import ShmChannel
@@ -18,15 +28,23 @@ __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
     "HostArena",
+    "HostKVCache",
+    "KVCache",
+    "MHATokenToKVPool",
+    "MHATokenToKVPoolHost",
+    "MLATokenToKVPool",
+    "MLATokenToKVPoolHost",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
     "RadixCacheCpp",
     "ReqToTokenPool",
     "SWAChunkCache",
+    "SWAKVPool",
     "SWARadixCache",
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
     "ShmChannel",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
 ]

@@ -3,6 +3,7 @@
 import operator
 import resource
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -55,6 +56,11 @@ class HostArena(HostBlock):
 
     node_folder: ClassVar[str] = "/sys/devices/system/node"
 
+    made: ClassVar[ContextVar[Callable[["HostArena"], None] | None]] = ContextVar(
+        "kvspec_arena_made", default=None
+    )
+    """Who is told of every arena that is made in this context, but for attached ones (SAVER-5)."""
+
     def __init__(
         self,
         kind: ArenaKind,
@@ -73,8 +79,14 @@ class HostArena(HostBlock):
         self.nbytes = operator.index(nbytes)
         if attach is not None or huge_pages == "explicit":
             self._keep(self._map(), None)  # counted already: by the creator, or by the kernel
-            return
-        reservation = MemoryBudget.current().reserve(kind, self.wanted_bytes, label=label)
+        else:
+            self._reserve_and_map(label)
+        listener = self.made.get()
+        if listener is not None and attach is None:
+            listener(self)
+
+    def _reserve_and_map(self, label: str) -> None:
+        reservation = MemoryBudget.current().reserve(self.kind, self.wanted_bytes, label=label)
         try:
             unpin = self._map()
         except BaseException:
@@ -105,9 +117,27 @@ class HostArena(HostBlock):
 
     def _keep(self, unpin: Callable[[], None] | None, reservation: Reservation | None) -> None:
         """What is reserved stays so as long as the memory, which tensors may keep (HOST-28)."""
+        held = self._reserved = [] if reservation is None else [reservation]
+        for each in held:
+            each.mapped(self.address, self.mapped_bytes)
+        self.on_release(unpin, lambda: _release(held))
+
+    def reserved_again(self) -> Reservation | None:
+        """Its bytes in the budget once more, for `promise`; None for what is not reserved.
+
+        For a saver, which takes the memory of many arenas again or of none (SAVER-16).
+        """
+        if not self._reserved:
+            return None
+        again = MemoryBudget.current().reserve(self.kind, self.wanted_bytes, label="resumed")
+        again.mapped(self.address, self.mapped_bytes)
+        return again
+
+    def promise(self, reservation: Reservation | None) -> None:
+        """Give up what is reserved, for memory that is given back, or have this in its place."""
+        _release(self._reserved)
         if reservation is not None:
-            reservation.mapped(self.address, self.mapped_bytes)
-        self.on_release(unpin, reservation and reservation.release)
+            self._reserved[:] = [reservation]
 
     def __enter__(self) -> Self:
         return self
@@ -192,6 +222,11 @@ class HostArena(HostBlock):
             pins_by="cuda" if all(r.pins_by == "cuda" for r in reports) else "mlock",
             lockable_bytes=min(limits, default=None),
         )
+
+
+def _release(reservations: list[Reservation]) -> None:
+    for each in reservations:
+        each.release()
 
 
 def _torch_bytes(nbytes: int) -> Tensor:

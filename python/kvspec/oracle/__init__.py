@@ -4,6 +4,16 @@ from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.oracle.host_memory import HostArena
+from kvspec.oracle.kv_storage import (
+    HostKVCache,
+    KVCache,
+    MHATokenToKVPool,
+    MHATokenToKVPoolHost,
+    MLATokenToKVPool,
+    MLATokenToKVPoolHost,
+    SWAKVPool,
+)
+from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
@@ -19,6 +29,12 @@ __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
     "HostArena",
+    "HostKVCache",
+    "KVCache",
+    "MHATokenToKVPool",
+    "MHATokenToKVPoolHost",
+    "MLATokenToKVPool",
+    "MLATokenToKVPoolHost",
     "MemoryBudget",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
@@ -26,12 +42,14 @@ __all__ = [
     "RadixKey",
     "ReqToTokenPool",
     "SWAChunkCache",
+    "SWAKVPool",
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
     "SharedSegment",
     "ShmChannel",
     "TokenToKVPoolAllocator",
+    "TorchMemorySaverAdapter",
     "check_memory",
     "get_swa_token_info",
     "namespace_frame",

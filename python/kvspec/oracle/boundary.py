@@ -6,8 +6,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvspec.errors import ContractError, HostMemoryError
+from kvspec.interfaces.memory_saver import FACTORIES
+
+KV_TYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e5m2,
+    torch.float8_e4m3fn,
+)
+"""What KV is kept in; all but those of one byte can be cast to any of them."""
 
 _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
@@ -36,6 +48,31 @@ def numbers(given: "Sequence[int] | Tensor | memoryview", clause: str) -> list[i
 def tensor(given: Sequence[int]) -> Tensor:
     """An int64 tensor on the CPU."""
     return torch.tensor(given, dtype=torch.int64)
+
+
+def is_tensor(given: object) -> bool:
+    """Whether torch can read it."""
+    return isinstance(given, Tensor)
+
+
+def stored_as(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of KV are made of: torch has few operations for types of one byte."""
+    return torch.uint8 if dtype.itemsize == 1 else dtype
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros on the CPU."""
+    return torch.zeros(tuple(shape), dtype=dtype)
+
+
+def raw(given: Tensor) -> bytes:
+    """The bytes of its elements, in order."""
+    return bytes(given.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def unsigned(numbers: Sequence[int]) -> Tensor:
+    """A uint64 tensor on the CPU."""
+    return torch.tensor(numbers, dtype=torch.uint64)
 
 
 def memory_tensor(memory: Any) -> Tensor:
@@ -80,3 +117,37 @@ def pin(address: int, nbytes: int) -> Callable[[], object] | None:
             f"HOST-22: cudaHostRegister of {nbytes} bytes failed with error {code}"
         )
     return lambda: runtime.cudaHostUnregister(address)
+
+
+class Capture(TorchDispatchMode):
+    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3, SAVER-7)."""
+
+    def __init__(self, arenas: Any) -> None:
+        super().__init__()
+        self._arenas = arenas
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, given = func.overloadpacket.__name__, kwargs or {}
+        if name not in FACTORIES or "out" in given:
+            return func(*args, **given)
+        of = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
+        device = torch.device(given.get("device") or of)
+        if device.type not in ("cpu", "meta"):
+            raise ContractError(
+                f"SAVER-7: {name} on {device} inside a region needs CUDA and the package"
+                " torch_memory_saver"
+            )
+        if given.get("pin_memory"):
+            raise ContractError(f"SAVER-7: {name} of pinned memory, which cannot be given back")
+        made = func(*args, **given)
+        if not _is_new_memory(made):
+            return made
+        storage = self._arenas("mmap", made.untyped_storage().nbytes()).tensor().untyped_storage()
+        copy = torch.empty(0, dtype=made.dtype).set_(storage, 0, made.shape, made.stride())
+        return copy.copy_(made)
+
+
+def _is_new_memory(made: Tensor) -> bool:
+    """Dense memory of the CPU, any of it, and not somebody else's, as a numpy array's is."""
+    dense = made.layout == torch.strided and made.device.type == "cpu" and not made.is_quantized
+    return dense and made.untyped_storage().resizable() and made.untyped_storage().nbytes() > 0
