@@ -3,6 +3,7 @@
 from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.interim_arena import HostArena
 from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
@@ -17,6 +18,7 @@ __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
     "MemoryBudget",
+    "HostArena",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
