@@ -1,7 +1,14 @@
 #include "kvspec/shared_memory.hpp"
 
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
 #include <dirent.h>
 #include <fcntl.h>
+#include <memory>
 #include <pthread.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -9,14 +16,6 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <csignal>
-#include <cstdio>
-#include <cstring>
-#include <memory>
 #include <utility>
 
 #include "kvspec/contract.hpp"
@@ -99,20 +98,23 @@ std::uint64_t next_serial() noexcept {
 
 // -- locks ----------------------------------------------------------------------------------------
 
+// What a name leads to.  REQUIRES: is_name(name), which bounds its length.
+bool find(const char* name, struct stat& found) noexcept {
+  char path[256];
+  std::snprintf(path, sizeof(path), "%s/%s", kFolder, name);
+  return ::lstat(path, &found) == 0;
+}
+
 bool leads_to(const char* name, int fd) noexcept {
   struct stat there{}, here{};
-  const std::size_t folder = std::strlen(kFolder);
-  char path[256];
-  if (folder + std::strlen(name) + 2 > sizeof(path)) return false;
-  std::snprintf(path, sizeof(path), "%s/%s", kFolder, name);
-  return ::lstat(path, &there) == 0 && ::fstat(fd, &here) == 0 && there.st_ino == here.st_ino &&
+  return find(name, there) && ::fstat(fd, &here) == 0 && there.st_ino == here.st_ino &&
          there.st_dev == here.st_dev;
 }
 
 bool share(int fd) noexcept { return ::flock(fd, LOCK_SH | LOCK_NB) == 0; }
 
-// If nobody else has a lock on it the name goes, if it still leads there.  Whoever has a shared lock
-// loses it first, so of two that close at once the kernel makes one the last.
+// If nobody else has a lock on it the name goes, if it still leads there.  A shared lock of this
+// description is lost first, so of two that close at once the kernel makes one the last.
 enum class Removal { held_by_others, was_gone, removed };
 
 Removal remove_if_alone(const char* name, int fd) noexcept {
@@ -212,7 +214,8 @@ void SharedSegment::reserve(std::int64_t bytes) {
 }
 
 void SharedSegment::map(std::int64_t bytes, int flags) {
-  void* data = ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, flags, fd_, 0);
+  const auto size = static_cast<std::size_t>(bytes);
+  void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, fd_, 0);
   if (data == MAP_FAILED) {
     fail("SHM-5", std::to_string(bytes) + " bytes of " + name_ + " cannot be mapped", errno);
   }
@@ -295,7 +298,11 @@ SharedSegment& SharedSegment::operator=(SharedSegment&& other) noexcept {
 
 bool SharedSegment::owned() const noexcept { return owner_ == ::getpid(); }
 
-bool SharedSegment::linked() const noexcept { return !closed() && leads_to(name_.c_str(), fd_); }
+bool SharedSegment::linked() const noexcept {
+  struct stat found{};
+  if (closed()) return !name_.empty() && find(name_.c_str(), found);
+  return leads_to(name_.c_str(), fd_);
+}
 
 void SharedSegment::check() const {
   if (closed()) return;

@@ -41,6 +41,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "radix": partial(System.make, impl),
         "swaradix": partial(System.make, impl, kind="swaradix"),
         "swachunk": partial(System.make, impl, kind="swachunk", handed_out=False),
+        "segment": impl.SharedSegment.create,
+        "attach": impl.SharedSegment.attach,
         "page_hashes": kvspec.page_hashes,
         "namespace_frame": oracle.namespace_frame,
     }

@@ -119,7 +119,8 @@ void def_memory(nb::class_<Segment>& segment) {
           [](const Segment& self) {
             const kvspec::SharedSegment& kept = *self.shared;
             const long tensors = kept.closed() ? 0 : self.tensor_count();
-            return interface("SharedSegmentView")(kept.closed(), kept.linked(), tensors);
+            return interface("SharedSegmentView")(kept.closed(), kept.linked(), tensors,
+                                                 kept.owned());
           },
           nb::sig("def view(self) -> kvspec.interfaces.shared_memory.SharedSegmentView"),
           "The abstract state.")

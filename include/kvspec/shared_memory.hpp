@@ -20,13 +20,12 @@
 // A handle is not thread-safe; create, attach and reap are.  Linux only.
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
+#include <sys/types.h>
 #include <vector>
 
 namespace kvspec {
@@ -67,7 +66,7 @@ class SharedSegment {
   bool closed() const noexcept { return fd_ < 0; }
   // Whether this process opened the handle, and is no child that inherited it (SHM-16).
   bool owned() const noexcept;
-  // Whether it is open and its name still leads to it.
+  // Whether its name still leads to it; of a closed one, whether the name is there.
   bool linked() const noexcept;
 
   // Throws ContractError if the segment is open and its name leads elsewhere (SHM-14) or its size

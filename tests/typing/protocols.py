@@ -8,6 +8,7 @@ from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
 from kvspec.interfaces.radix_cache import RadixCache
 from kvspec.interfaces.request_pool import ReqToTokenPool
+from kvspec.interfaces.shared_memory import SharedSegment
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator
 from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.interfaces.swa_radix_cache import SWARadixCache
@@ -37,3 +38,4 @@ window_chunks: list[type[SWAChunkCache]] = [native.SWAChunkCache, oracle.SWAChun
 hashes: PageHashes = oracle.page_hashes
 check: CheckMemory = oracle.check_memory
 ledgers: list[type[OwnershipLedger]] = [native.OwnershipLedger, oracle.OwnershipLedger]
+segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]

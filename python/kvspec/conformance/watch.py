@@ -14,7 +14,7 @@ from typing import Any
 from kvspec.clauses import clauses
 from kvspec.errors import CLAUSE_ERRORS
 
-__all__ = ["reached", "watch", "watch_function"]
+__all__ = ["reached", "watch", "watch_function", "watch_made"]
 
 reached: Counter[tuple[str, str]] = Counter()
 """(name of the implementation, clause id) -> how often the antecedent was true."""
@@ -73,24 +73,53 @@ class Watched:
             seen.update(call=name, result=result, error=error)
             seen.update(before=before, after=self._subject.view())
             _count(self._impl, self._rooms, seen)
-            if error is not None:
-                raise error
+            try:
+                if error is not None:
+                    raise error
+            finally:  # else it would keep this frame, which keeps it, and all that called it
+                del error, seen
             return result
 
         return call
+
+    def __enter__(self) -> "Watched":
+        self._subject.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._subject.__exit__(*raised)
 
 
 def watch(
     impl: str, make: Callable[..., Any], interface: type | None, *rooms: str, **arguments: Any
 ) -> Any:
     """Construct a subject and stand around it. `rooms` are those whose clauses it can reach."""
-    seen: dict[str, object] = {**arguments, "call": "__init__", "before": None, "after": None}
+    return watch_made(impl, "__init__", make, interface, *rooms, **arguments)
+
+
+def watch_made(
+    impl: str,
+    call: str,
+    make: Callable[..., Any],
+    interface: type | None,
+    *rooms: str,
+    **arguments: Any,
+) -> Any:
+    """The same where a class method or a function, which `call` names, gives the subject.
+
+    What has no view, the list of a static method for example, is counted and given as it is.
+    """
+    seen: dict[str, object] = {**arguments, "call": call, "before": None, "after": None}
     try:
         subject = make(**arguments)
     except CLAUSE_ERRORS as error:
         _count(impl, rooms, seen | {"result": None, "error": error})
         raise
-    _count(impl, rooms, seen | {"result": subject, "error": None, "after": subject.view()})
+    seen |= {"result": subject, "error": None}
+    if not hasattr(subject, "view"):
+        _count(impl, rooms, seen)
+        return subject
+    _count(impl, rooms, seen | {"after": subject.view()})
     return Watched(subject, impl, interface, rooms)
 
 
@@ -108,8 +137,11 @@ def watch_function(impl: str, function: Callable[..., Any], *rooms: str) -> Call
         bound.apply_defaults()
         seen = dict(bound.arguments) | {"call": function.__name__, "result": result, "error": error}
         _count(impl, rooms, seen)
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error, seen
         return result
 
     return call

@@ -16,7 +16,7 @@ import operator
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import ClassVar, NamedTuple, NoReturn, Self, SupportsIndex
 
@@ -171,7 +171,7 @@ class MemoryBudget:
             _refuse(f"kind is {kind!r}, none of {', '.join(KINDS)}")
         wanted = _bytes("nbytes", nbytes)
         ledger = self._own_ledger()
-        with ledger.held(), folder_locked(self._kernel.shm):
+        with ledger.held(), self._alone():
             ranks = self._ranks(ledger)
             uses = [at_most(rank.totals) for rank in ranks]
             limits = self._limits(ranks, uses, self._readings())
@@ -180,8 +180,8 @@ class MemoryBudget:
                 limits, uses = self._exact(ranks)
                 short = self._short(limits, kind, wanted)
             if short is None:
-                place = self._record(ledger, kind, wanted)
-                return Reservation(kind, wanted, label, ledger, place)
+                place = ledger.add(kind, wanted, self._number)
+                return self._granted(kind, wanted, label, place)
             report = self._reported(ledger, ranks, uses, limits)
         raise HostMemoryError(
             f"BUDGET-3: {wanted} bytes ({size(wanted)}) of {kind} for {label!r} do not fit:"
@@ -194,7 +194,7 @@ class MemoryBudget:
         Looks at the mappings of every live process that has reservations: as dear as a refusal.
         """
         ledger = self._own_ledger()
-        with ledger.held(), folder_locked(self._kernel.shm):
+        with ledger.held(), self._alone():
             ranks = self._ranks(ledger)
             limits, uses = self._exact(ranks)
             return self._reported(ledger, ranks, uses, limits)
@@ -208,15 +208,22 @@ class MemoryBudget:
         return MemoryBudgetView(tuple(sorted(mine)))
 
     def check(self) -> None:
-        """AssertionError if the file that others read is not what this process has (BUDGET-8)."""
+        """ContractError if the books are not the reservations, or what others read is not them.
+
+        O(reservations of the process).
+        """
         ledger = self._own_ledger()
         with ledger.held():
-            rank, written = ledger.rank(), ledger.written()
-            sums = Totals(*map(sum, zip(Totals(), *map(Totals.of, rank.entries), strict=True)))
-            assert rank.totals == sums, f"BUDGET-4: {rank.totals} of entries that make {sums}"
-            assert written in (None, rank), f"BUDGET-8: {written} was written, but it has {rank}"
-            held = bool(rank.entries) and ledger.alone is None
-            assert held == (written is not None), f"BUDGET-9: {ledger.name} of {rank.entries}"
+            rank, written, alone = ledger.rank(), ledger.written(), ledger.alone
+        sums = Totals(*map(sum, zip(Totals(), *map(Totals.of, rank.entries), strict=True)))
+        if rank.totals != sums:
+            raise ContractError(f"BUDGET-4: {rank.totals} of reservations that make {sums}")
+        if written is None and rank.entries and alone is None:
+            raise ContractError(f"BUDGET-8: {len(rank.entries)} reservations and no ledger")
+        if written is not None and written != rank:
+            raise ContractError(f"BUDGET-8: the ledger has {written}, the process {rank}")
+        if written is not None and not rank.entries:
+            raise ContractError(f"BUDGET-9: a ledger {ledger.name} without a reservation")
 
     def _own_ledger(self) -> Ledger:
         """Of this process, and not of the one that it was forked from (BUDGET-12)."""
@@ -279,8 +286,12 @@ class MemoryBudget:
         least = min(tight, key=_left, default=None)
         return least if least is not None and nbytes > _left(least) else None
 
-    def _record(self, ledger: Ledger, kind: Kind, nbytes: int) -> int:
-        return ledger.add(kind, nbytes, self._number)
+    def _alone(self) -> AbstractContextManager[None]:
+        """The only one on the machine that asks (BUDGET-8)."""
+        return folder_locked(self._kernel.shm)
+
+    def _granted(self, kind: Kind, nbytes: int, label: str, place: int) -> Reservation:
+        return Reservation(kind, nbytes, label, self._own_ledger(), place)
 
     def _reported(
         self, ledger: Ledger, ranks: Sequence[Rank], uses: Sequence[Use], limits: Sequence[Limit]

@@ -39,6 +39,7 @@ __all__ = [
     "folder_locked",
     "ledgers",
     "others",
+    "parsed",
 ]
 
 Kind: TypeAlias = Literal["torch", "heap", "mmap", "shm", "pinned"]
@@ -157,7 +158,7 @@ def _read(path: str) -> Rank | None:
             with suppress(OSError):  # another user's, in a folder with the sticky bit
                 os.unlink(path)
             return None
-        return _parsed(os.pread(descriptor, told.st_size, 0))
+        return parsed(os.pread(descriptor, told.st_size, 0))
     finally:
         os.close(descriptor)
 
@@ -170,7 +171,8 @@ def _is_free(descriptor: int) -> bool:
     return True
 
 
-def _parsed(image: bytes | bytearray, own: bool = False) -> Rank | None:
+def parsed(image: bytes | bytearray, own: bool = False) -> Rank | None:
+    """What a ledger's file says; None if it is none, or not written yet."""
     if len(image) < _HEAD.size or image[: len(_MAGIC)] != _MAGIC:
         return None
     _, pid, start, whole, *rest = _HEAD.unpack_from(image)
@@ -213,7 +215,7 @@ class Ledger:
 
     def rank(self) -> Rank:
         """This process. Inside `held`."""
-        rank = _parsed(self._image, own=True)
+        rank = parsed(self._image, own=True)
         assert rank is not None
         return rank
 
@@ -229,7 +231,7 @@ class Ledger:
         """What its file says, None while it has none: to be compared with `rank`."""
         if self._file is None:
             return None
-        return _parsed(os.pread(self._file, os.fstat(self._file).st_size, 0), own=True)
+        return parsed(os.pread(self._file, os.fstat(self._file).st_size, 0), own=True)
 
     def add(self, kind: Kind, nbytes: int, budget: int) -> int:
         """Record a reservation; where it stands. Inside `held` and the folder's lock.

@@ -3,12 +3,13 @@
 from kvspec.memory_budget import MemoryBudget
 from kvspec.memory_checker import SWATokenInfo, check_memory, get_swa_token_info
 from kvspec.oracle.chunk_cache import ChunkCache, SWAChunkCache
-from kvspec.interim_arena import HostArena
+from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.ownership_ledger import OwnershipLedger
 from kvspec.oracle.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.oracle.radix_cache import RadixCache
 from kvspec.oracle.request_pool import DecodeReqToTokenPool, ReqToTokenPool
+from kvspec.oracle.shared_memory import SharedSegment
 from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
@@ -17,8 +18,8 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 __all__ = [
     "ChunkCache",
     "DecodeReqToTokenPool",
-    "MemoryBudget",
     "HostArena",
+    "MemoryBudget",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
@@ -28,6 +29,7 @@ __all__ = [
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "SharedSegment",
     "TokenToKVPoolAllocator",
     "TorchMemorySaverAdapter",
     "check_memory",

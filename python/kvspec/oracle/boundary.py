@@ -2,13 +2,13 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvspec.errors import ContractError
+from kvspec.errors import ContractError, HostMemoryError
 from kvspec.interfaces.memory_saver import FACTORIES
 
 _UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -72,3 +72,47 @@ def _is_new_memory(made: Tensor) -> bool:
     """Dense memory of the CPU, any of it, and not somebody else's, as a numpy array's is."""
     dense = made.layout == torch.strided and made.device.type == "cpu" and not made.is_quantized
     return dense and made.untyped_storage().resizable() and made.untyped_storage().nbytes() > 0
+
+
+def memory_tensor(memory: Any) -> Tensor:
+    """A uint8 tensor over the memory of an object that it keeps alive: something with a buffer."""
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+BYTES = torch.uint8
+
+
+def torch_bytes(nbytes: int) -> tuple[int, Callable[[], None]]:
+    """The address of bytes that torch allocates, and what lets them go (HOST-4)."""
+    try:
+        kept = [torch.empty(nbytes, dtype=BYTES)]
+    except RuntimeError:
+        raise HostMemoryError(
+            f"HOST-4: torch cannot have {nbytes} bytes: Cannot allocate memory"
+        ) from None
+    return kept[0].data_ptr(), kept.clear
+
+
+def tensor_over(memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A tensor that holds the memoryview and lies over its bytes (HOST-13)."""
+    if not memory:
+        return torch.empty(list(shape), dtype=dtype)
+    return memory_tensor(memory).view(dtype).view(list(shape))
+
+
+def has_device() -> bool:
+    """Whether torch has a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def pin(address: int, nbytes: int) -> Callable[[], object] | None:
+    """Register memory with the device; what undoes it, or None without a device (HOST-22)."""
+    if not has_device():
+        return None
+    runtime = cast(Any, torch.cuda).cudart()
+    code = int(runtime.cudaHostRegister(address, nbytes, 1))  # cudaHostRegisterPortable
+    if code != 0:
+        raise HostMemoryError(
+            f"HOST-22: cudaHostRegister of {nbytes} bytes failed with error {code}"
+        )
+    return lambda: runtime.cudaHostUnregister(address)

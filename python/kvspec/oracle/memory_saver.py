@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.memory_saver import TaggedRegion
-from kvspec.interim_arena import HostArena
+from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.boundary import Capture
 
 if TYPE_CHECKING:
