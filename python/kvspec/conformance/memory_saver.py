@@ -1,7 +1,6 @@
 """What every memory saver must do. Spec: SAVER."""
 
 import copy
-import gc
 import pickle
 import resource
 import threading
@@ -28,6 +27,7 @@ __all__ = ["MemorySaverConformance"]
 PAGE = resource.getpagesize()
 MIB = 1 << 20
 SEEN = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+SEEN_TOO = torch.ones(6)
 
 FACTORY_CALLS: dict[str, Callable[[], Tensor]] = {
     "zeros": lambda: torch.zeros(3, 5),
@@ -88,7 +88,7 @@ OTHERS: dict[str, Callable[[], object]] = {
     "no bytes": lambda: torch.zeros(0, 4),
     "meta": lambda: torch.zeros(4, device="meta"),
     "like meta": lambda: torch.zeros_like(torch.empty(4, device="meta")),
-    "out": lambda: torch.ones(6, out=SEEN.clone().view(6)) if False else torch.abs(SEEN, out=SEEN),
+    "out": lambda: torch.ones(6, out=SEEN_TOO),
 }
 """What makes no memory of a size that was asked for, on the CPU."""
 
@@ -211,8 +211,8 @@ class MemorySaverConformance(Conformance):
         torch.manual_seed(3)
         with saver.region("kv_cache"):
             inside = call()
-        self.alike(saver, inside, outside)
         assert torch.equal(inside, outside)
+        self.alike(saver, inside, outside)
 
     @clause("SAVER-3", "SAVER-4")
     @pytest.mark.parametrize("name", SHAPED_CALLS)
@@ -261,7 +261,7 @@ class MemorySaverConformance(Conformance):
                 second = torch.zeros(2, dtype=torch.uint8)
                 with saver.region("outer"):
                     third = torch.zeros(4, dtype=torch.uint8)
-                assert saver.view()["outer"].regions == 2
+                    assert saver.view()["outer"].regions == 2
             fourth = torch.zeros(8, dtype=torch.uint8)
         assert saver.view() == {"outer": (False, 3, 13, 0, 0), "inner": (False, 1, 2, 0, 0)}
         assert sum(map(len, (first, second, third, fourth))) == 15
@@ -299,10 +299,8 @@ class MemorySaverConformance(Conformance):
         assert not tensor.any()
         saver.resume("kv_cache")
         del arena
-        gc.collect()
         assert saver.view()["kv_cache"].allocations == 1, "its tensor has the memory"
         del tensor
-        gc.collect()
         assert saver.view()["kv_cache"].allocations == 0
 
     @clause("SAVER-6")
@@ -323,11 +321,10 @@ class MemorySaverConformance(Conformance):
         assert tensor.tolist() == [1, 5, 1]
 
     @clause("SAVER-6")
-    @pytest.mark.parametrize("kind", ["torch", "heap"])
-    def test_an_arena_of_another_kind_is_not_captured(self, kind: str) -> None:
+    def test_an_arena_of_the_heap_is_not_captured(self) -> None:
         saver = self.make()
         with saver.region("kv_cache"):
-            arena = self.arena(kind)
+            arena = self.arena("heap")
         assert saver.view()["kv_cache"].allocations == 0
         arena.close()
 
@@ -347,14 +344,6 @@ class MemorySaverConformance(Conformance):
         with saver.region("kv_cache"), refused("SAVER-7"):
             torch.empty(4, pin_memory=True)
         assert saver.view()["kv_cache"] == (False, 0, 0, 0, 0)
-
-    @clause("SAVER-7")
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="the device's tests have CUDA's rule")
-    @pytest.mark.parametrize("call", [torch.zeros, torch.empty, torch.rand])
-    def test_memory_of_a_device_is_refused(self, call: Callable[..., Tensor]) -> None:
-        saver = self.make()
-        with saver.region("kv_cache"), refused("SAVER-7"):
-            call(4, device="cuda")
 
     # -- pause and resume ------------------------------------------------------------------------
 
@@ -444,7 +433,7 @@ class MemorySaverConformance(Conformance):
             assert saver.view()["weights"].allocations == 2, "a view has it"
             before = process_bytes()
             del view
-            assert before - process_bytes() > 6 * MIB
+            assert before - process_bytes() > 6 * MIB  # of it, or of its backup
             left = 400 if paused else 0
             assert saver.view()["weights"] == (paused, 1, 400, 0, left)
             assert [entry[1] for entry in budget.view().reserved] in ([400], [PAGE])
@@ -458,7 +447,6 @@ class MemorySaverConformance(Conformance):
         saver, table, weights = self.two()
         saver.pause("kv_cache")
         del table
-        gc.collect()
         assert saver.view()["kv_cache"] == (True, 0, 0, 0, 0)
         saver.resume("kv_cache")
         saver.pause("kv_cache")
@@ -643,7 +631,6 @@ class MemorySaverConformance(Conformance):
             saver.resume("kv_cache")
             assert sum(entry[1] for entry in budget.view().reserved) == 3 * MIB
             del tensors
-            gc.collect()
             assert budget.view().reserved == ()
 
     # -- what is left ----------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class TorchMemorySaverAdapter:
     def _capture(self, entry: Tag, keep: bool, arena: HostArena) -> None:
         if arena.kind not in ("mmap", "shm"):
             return  # the system takes no single pages of it back (SAVER-6)
-        entry.captured.append(Allocation(weakref.ref(arena), arena.nbytes, keep))
+        gone = weakref.ref(arena, lambda _: entry.alive() and None)  # its backup goes with it
+        entry.captured.append(Allocation(gone, arena.nbytes, keep))
         self._counts["captured"] += arena.nbytes
 
     def _require_usable(self, tag: str) -> None:
