@@ -6,11 +6,10 @@
 #include <bit>
 #include <cerrno>
 #include <cstdlib>
-#include <utility>
-#include <vector>
-
 #include <sys/mman.h>
 #include <unistd.h>
+#include <utility>
+#include <vector>
 
 #include "kvspec/contract.hpp"
 #include "kvspec/host_pages.hpp"
@@ -63,8 +62,8 @@ bool lies_in(std::int64_t offset, std::int64_t nbytes, std::int64_t size) {
 void require_alignment(ArenaKind kind, std::int64_t alignment) {
   const auto most = static_cast<std::int64_t>(most_alignment(kind));
   if (alignment < 1 || alignment > most || !std::has_single_bit(std::uint64_t(alignment))) {
-    refuse("HOST-3", "alignment " + std::to_string(alignment) + " is not a power of two of at most " +
-                         std::to_string(most) + ", the most that " + name_of(kind) + " gives");
+    refuse("HOST-3", "alignment " + std::to_string(alignment) +
+                         " is not a power of two of at most " + std::to_string(most) + ", the most that " + name_of(kind) + " gives");
   }
 }
 

@@ -5,17 +5,16 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
-#include <fstream>
-#include <sstream>
-#include <system_error>
-#include <thread>
-
 #include <fcntl.h>
+#include <fstream>
 #include <sched.h>
+#include <sstream>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <system_error>
+#include <thread>
 #include <unistd.h>
 
 #include "kvspec/contract.hpp"
@@ -141,7 +140,8 @@ std::size_t resident_by_mincore(const std::byte* address, std::size_t nbytes) {
 // The set of one node.  REQUIRES: node < kMaxNodes, as every node of the kernel is.
 std::vector<unsigned long> mask_of(int node) {
   std::vector<unsigned long> mask(kMaxNodes / kBits);
-  mask.at(static_cast<std::size_t>(node) / kBits) |= 1UL << (static_cast<std::size_t>(node) % kBits);
+  const auto bit = static_cast<std::size_t>(node);
+  mask.at(bit / kBits) |= 1UL << (bit % kBits);
   return mask;
 }
 

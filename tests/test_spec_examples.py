@@ -37,6 +37,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "token": partial(with_defaults, impl.TokenToKVPoolAllocator, memory),
         "rows": partial(with_defaults, impl.ReqToTokenPool, table),
         "decode_rows": partial(with_defaults, impl.DecodeReqToTokenPool, table),
+        "arena": impl.HostArena,
+        "torch": torch,
         "ledger": partial(impl.OwnershipLedger, page_size=4, row_count=2),
         "radix": partial(System.make, impl),
         "swaradix": partial(System.make, impl, kind="swaradix"),

@@ -1,7 +1,7 @@
 // Host memory: one arena of one kind, and shares of it that keep it alive.  Spec: HOST.
 //
 //     address is a multiple of the alignment; [address, address + nbytes) is mapped (HOST-1)
-//     mapped_bytes is nbytes, or nbytes in whole pages; never a power of two for its own sake (HOST-2)
+//     mapped_bytes is nbytes, or nbytes in whole pages, never the next power of two (HOST-2)
 //
 // The memory belongs to the arena and to every share together, and goes back when the last of them
 // is gone (HOST-15); close() is refused while there are shares (HOST-16).  A child of fork that
@@ -65,7 +65,8 @@ class HostArena {
   std::int64_t nbytes() const noexcept { return nbytes_; }
   bool closed() const noexcept { return region_ == nullptr; }
   std::int64_t share_count() const noexcept;   // of those alive
-  void require_open(const char* call) const { static_cast<void>(open(call)); }  // or refuse the call (HOST-18)
+  // Refuses a call of a closed arena (HOST-18).
+  void require_open(const char* call) const { static_cast<void>(open(call)); }
   std::byte* address() const;                  // REQUIRES: not closed (HOST-18)
   std::int64_t mapped_bytes() const noexcept;  // 0 when closed (HOST-2)
   std::int64_t pinned_bytes() const noexcept;  // 0 unless pinned (HOST-22)

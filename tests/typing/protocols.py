@@ -2,6 +2,7 @@
 
 from kvspec import native, oracle
 from kvspec.interfaces.chunk_cache import ChunkCache, SWAChunkCache
+from kvspec.interfaces.host_memory import HostArena
 from kvspec.interfaces.memory_checker import CheckMemory
 from kvspec.interfaces.ownership_ledger import OwnershipLedger
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
@@ -39,3 +40,4 @@ hashes: PageHashes = oracle.page_hashes
 check: CheckMemory = oracle.check_memory
 ledgers: list[type[OwnershipLedger]] = [native.OwnershipLedger, oracle.OwnershipLedger]
 segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]
+arenas: list[type[HostArena]] = [native.HostArena, oracle.HostArena]

@@ -167,7 +167,10 @@ class HostArena(HostBlock):
         lengths = [operator.index(length) for length in shape]
         if any(length < 0 for length in lengths):
             raise ContractError(f"HOST-14: shape {lengths} has a negative length")
-        memory = self.share(start, prod(lengths) * item)
+        end = start + prod(lengths) * item
+        if not 0 <= start <= end <= self.nbytes:
+            raise ContractError(f"HOST-14: bytes [{start}, {end}) are not in [0, {self.nbytes})")
+        memory = self.share(start, end - start)
         if not memory.numel():
             return torch.empty(lengths, dtype=dtype)
         return memory.view(dtype).view(lengths)

@@ -224,7 +224,7 @@ class HostArena:
         self.name = segment.name
         return segment.address, segment.close
 
-    def _settle(self, address: int, release: list[Callable[[], None]]) -> None:
+    def _settle(self, address: int, release: list[Callable[[], object]]) -> None:
         """What is done to pages once: advice, node, memory, lock."""
         asked, nbytes = self._asked, self._asked.mapped_bytes
         if asked.huge_pages == "transparent":
@@ -318,7 +318,7 @@ class HostArena:
         if not 0 <= start <= end <= self.nbytes:
             raise ContractError(f"HOST-14: bytes [{start}, {end}) are not in [0, {self.nbytes})")
         window = (ctypes.c_ubyte * self.nbytes).from_buffer(self._memory)
-        window.arena = self  # so that the object lives as long as the memory does
+        vars(window)["arena"] = self  # so that the object lives as long as the memory does
         part = memoryview(window).cast("B")[start:end]
         if start < end:
             self._tensors.append(weakref.ref(part, self._tensors.remove))

@@ -125,7 +125,7 @@ def advise(address: int, nbytes: int, advice: int) -> str | None:
 def mapped(address: int, nbytes: int) -> bool:
     """Whether all these bytes are mapped (HOST-1)."""
     begin = address // PAGE_BYTES * PAGE_BYTES
-    return _LIBC.msync(begin, address + nbytes - begin, 1) == 0  # MS_ASYNC
+    return int(_LIBC.msync(begin, address + nbytes - begin, 1)) == 0  # MS_ASYNC
 
 
 def lock(address: int, nbytes: int) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.memory_saver import TaggedRegion
-from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.boundary import Capture
+from kvspec.oracle.host_memory import HostArena
 
 if TYPE_CHECKING:
     from kvspec.memory_budget import Reservation

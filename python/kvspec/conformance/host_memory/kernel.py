@@ -83,18 +83,23 @@ def private_bytes(address: int, nbytes: int) -> int:
     )
 
 
+def _begin_of(address: int) -> int | None:
+    """Where the mapping begins that an address lies in."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        begin, end = (int(part, 16) for part in line.partition(" ")[0].split("-"))
+        if begin <= address < end:
+            return begin
+    return None
+
+
 def is_mapped(address: int) -> bool:
     """Whether there is a mapping at an address."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
-        if begin <= address < end:
-            return True
-    return False
+    return _begin_of(address) is not None
 
 
 def policy_of(address: int) -> str:
     """The NUMA policy of the mapping at an address: default, bind:0, ... ."""
-    begin = area_of(address).begin
+    begin = _begin_of(address)
     for line in Path("/proc/self/numa_maps").read_text(encoding="utf-8").splitlines():
         words = line.split()
         if int(words[0], 16) == begin:
@@ -132,7 +137,8 @@ def punched(address: int) -> Iterator[None]:
 @contextmanager
 def _limit(which: int, soft: int) -> Iterator[None]:
     before = resource.getrlimit(which)
-    resource.setrlimit(which, (soft, before[1]))
+    hard = before[1] if before[1] != resource.RLIM_INFINITY else soft
+    resource.setrlimit(which, (min(soft, hard), before[1]))
     try:
         yield
     finally:

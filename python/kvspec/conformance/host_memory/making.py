@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from kvspec.conformance.watch import watch_function
 from kvspec.errors import CLAUSE_ERRORS
 from kvspec.interfaces.host_memory import HostArena
 from kvspec.memory_budget import MemoryBudget
+from kvspec.memory_budget.kernel import Kernel, Reading
 
 __all__ = ["BIG", "HUGE", "KINDS", "MAPPED", "MIB", "HostMemorySuite", "device", "sysfs"]
 
@@ -37,10 +38,29 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+def _no_device() -> bool:
+    return False
+
+
+def _a_device() -> bool:
+    return True
+
+
+def _no_limits(kernel: Kernel, cgroups: object) -> list[Reading]:
+    return []
+
+
 @contextmanager
-def no_device() -> Iterator[None]:
-    """Inside, torch has no CUDA device, whatever the machine has."""
-    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+def _machine(broken: bool) -> Iterator[None]:
+    """Inside, torch has no CUDA device unless a test has put one there, whatever the machine has.
+
+    For mutants, which say nothing about the limits of the machine, none is read: it takes longest.
+    """
+    with ExitStack() as stack:
+        if torch.cuda.is_available is not _a_device:
+            stack.enter_context(mock.patch.object(torch.cuda, "is_available", _no_device))
+        if broken:
+            stack.enter_context(mock.patch.object(Kernel, "readings", _no_limits))
         yield
 
 
@@ -58,10 +78,7 @@ def device(code: int = 0) -> Iterator[list[tuple[Any, ...]]]:
         return 0
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "cudart", return_value=runtime),
-    ):
+    with mock.patch.multiple(torch.cuda, is_available=_a_device, cudart=lambda: runtime):
         yield asked
 
 
@@ -86,9 +103,7 @@ class HostMemorySuite(Conformance):
     def make(self, kind: str = "mmap", nbytes: int = 5 * PAGE_BYTES, **given: Any) -> Any:
         """An arena, watched; on a machine without a device unless a test has put one there."""
         arguments = {**_DEFAULTS, "kind": kind, "nbytes": nbytes, **given}
-        if isinstance(torch.cuda.is_available, mock.Mock):
-            return self.subject("HostArena", HostArena, "host_memory", **arguments)
-        with no_device():
+        with _machine(self.impl_name == MUTANT):
             return self.subject("HostArena", HostArena, "host_memory", **arguments)
 
     def function(self, name: str, cls: Any = None) -> Callable[..., Any]:

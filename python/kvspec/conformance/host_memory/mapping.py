@@ -2,6 +2,7 @@
 
 import gc
 import os
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -126,24 +127,30 @@ class Mapping(HostMemorySuite):
     def test_an_attacher_knows_the_size(self) -> None:
         arena = self.make("shm", 100)
         for nbytes in (99, 101):
-            self.refused("HOST-3", lambda n=nbytes: self.make("shm", n, attach=arena.name), "100")
+            attach = partial(self.make, "shm", nbytes, attach=arena.name)
+            self.refused("HOST-3", attach, "100")
         assert int(self.make("shm", 100, attach=arena.name).tensor().sum()) == 0
 
     @clause("HOST-4")
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_the_machine_has_not_is_an_error_and_leaves_nothing(self, kind: str) -> None:
         self.make(kind, PAGE_BYTES).close()
-        before, kept = mapped_total(), self.kept()
-        named = "SHM-5" if kind == "shm" else "HOST-4"
-        with with_address_space(64 * MIB):
-            self.refused(named, lambda: self.make(kind, 512 * MIB), str(512 * MIB))
-        assert abs(mapped_total() - before) <= 8 * MIB
-        assert self.kept() == kept
+        named, nbytes = ("SHM-5", BIG) if kind == "shm" else ("HOST-4", 256 * MIB)
+
+        def fail() -> None:
+            self.refused(named, lambda: self.make(kind, nbytes), str(nbytes))
+
+        with with_address_space(BIG // 2):
+            fail()  # what the first error loads is not what is measured
+            before, kept = mapped_total(), self.kept()
+            fail()
+            assert mapped_total() - before <= 8 * MIB
+            assert self.kept() == kept
 
     @clause("HOST-5")
     @pytest.mark.parametrize("kind", MAPPED)
     def test_new_memory_is_zeros(self, kind: str) -> None:
-        for given in ({}, {"populate": True}):
+        for given in ({"populate": True}, {}):
             first = self.make(kind, 9 * PAGE_BYTES + 9, **given)
             assert not first.tensor().any()
             first.tensor().fill_(1)
@@ -158,7 +165,7 @@ class Mapping(HostMemorySuite):
     @clause("HOST-7")
     @pytest.mark.parametrize("kind", KINDS)
     def test_populated_pages_have_memory(self, kind: str) -> None:
-        arena = self.make(kind, 5 * MIB + 5, populate=True)
+        arena = self.make(kind, MIB + 5, populate=True)
         assert arena.resident_bytes() == arena.mapped_bytes
         if arena.numa_nodes() is not None:
             assert sum(arena.numa_nodes().values()) == arena.mapped_bytes
@@ -170,18 +177,17 @@ class Mapping(HostMemorySuite):
     @clause("HOST-7")
     @pytest.mark.parametrize("threads", [None, 1, 3])
     def test_a_part_is_populated_and_keeps_its_bytes(self, threads: int | None) -> None:
-        arena = self.make(nbytes=9 * MIB)
+        arena = self.make(nbytes=5 * MIB)
         held = arena.tensor()
         held[MIB - 1 : MIB + 3] = 7
-        arena.populate(MIB + 1, 7 * MIB - 1, threads)
+        arena.populate(MIB + 1, 3 * MIB - 1, threads)
         assert held[MIB - 1 : MIB + 3].tolist() == [7] * 4
-        assert arena.resident_bytes() == 7 * MIB + PAGE_BYTES
+        assert arena.resident_bytes() == 3 * MIB + PAGE_BYTES
+        arena.populate(MIB, 0)
+        assert arena.resident_bytes() == 3 * MIB + PAGE_BYTES
         arena.populate(threads=threads)
-        assert arena.resident_bytes() == 9 * MIB
-        assert int(held.sum()) == 28
-        before = arena.resident_bytes()
-        arena.populate(3 * MIB, 0)
-        assert arena.resident_bytes() == before
+        assert arena.resident_bytes() == 5 * MIB
+        assert held[MIB - 2 : MIB + 4].tolist() == [0, 7, 7, 7, 7, 0]
 
     @clause("HOST-8")
     @pytest.mark.parametrize("kind", ["mmap", "pinned"])
@@ -252,7 +258,7 @@ class Numa(HostMemorySuite):
             arena = self.make(kind, 3 * PAGE_BYTES, numa_node=node, populate=True)
             assert arena.numa_nodes() == {node: 3 * PAGE_BYTES}
             assert f":{node}" in policy_of(arena.address)
-        here = torch.zeros(BIG, dtype=torch.uint8)
+        here = torch.empty(BIG, dtype=torch.uint8)
         assert policy_of(here.data_ptr()) == "default"
 
     @clause("HOST-3", "HOST-11")
@@ -261,7 +267,7 @@ class Numa(HostMemorySuite):
         with TemporaryDirectory() as folder:
             cls = self.elsewhere(sysfs(folder, memory="0,2", cpu="0-1"))
             for node in (1, 3):
-                self.refused("HOST-3", lambda n=node: cls("mmap", 100, numa_node=n), "[0, 2]")
+                self.refused("HOST-3", partial(cls, "mmap", 100, numa_node=node), "[0, 2]")
         self.refused("HOST-3", lambda: cls("mmap", 100, numa_node=0), "no NUMA")
 
     @clause("HOST-12")
@@ -336,7 +342,7 @@ class Returning(HostMemorySuite):
     @clause("HOST-15")
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_tensor_keeps_the_memory_of_an_arena_that_is_gone(self, kind: str) -> None:
-        nbytes = 8 * MIB + 1 if kind == "pinned" else BIG
+        nbytes = BIG if kind in ("torch", "heap") else MIB + 1
         kept = self.kept()
         arena = self.make(kind, nbytes)
         arena.tensor()[-7:] = torch.arange(7)
@@ -371,7 +377,7 @@ class Returning(HostMemorySuite):
     @clause("HOST-17")
     @pytest.mark.parametrize("kind", KINDS)
     def test_closing_gives_everything_back(self, kind: str) -> None:
-        nbytes = 8 * MIB + 1 if kind == "pinned" else BIG
+        nbytes = BIG if kind in ("torch", "heap") else MIB + 1
         kept = self.kept()
         arena = self.make(kind, nbytes)
         address = arena.address
@@ -433,34 +439,33 @@ class Returning(HostMemorySuite):
     @clause("HOST-28")
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_the_budget_has_not_is_not_mapped(self, kind: str) -> None:
-        with MemoryBudget(limit_bytes=BIG).active():
+        with MemoryBudget(limit_bytes=8 * MIB).active():
             before, kept = mapped_total(), self.kept()
-            self.refused("BUDGET-3", lambda: self.make(kind, BIG + 1))
-            assert mapped_total() - before <= BIG // 2
+            self.refused("BUDGET-3", lambda: self.make(kind, 8 * MIB + 1))
+            assert mapped_total() - before <= 4 * MIB
             assert self.kept() == kept
-            arena = self.make(kind, BIG)
-            self.refused("BUDGET-3", lambda: self.make(kind, 1))
-            assert self.kept().reserved == ((kind, BIG, BIG),)
+            arena = self.make(kind, 8 * MIB)
+            assert self.kept().reserved == ((kind, 8 * MIB, 8 * MIB),)
             arena.close()
             assert self.kept() == kept
-            self.make(kind, BIG).close()
+            self.make(kind, 1).close()
 
     @clause("HOST-28")
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_is_reserved_before_it_is_mapped(self, kind: str) -> None:
         reserve, seen = MemoryBudget.reserve, []
+        nbytes = BIG if kind in ("torch", "heap") else 8 * MIB
 
         def spy(budget: MemoryBudget, *given: Any, **named: Any) -> Any:
             seen.append((mapped_total(), *given, *named.values()))
             return reserve(budget, *given, **named)
 
-        self.make(kind, PAGE_BYTES).close()
         with mock.patch.object(MemoryBudget, "reserve", spy):
             before = mapped_total()
-            arena = self.make(kind, BIG - 1, label="mine")
+            arena = self.make(kind, nbytes - 1, label="mine")
         [(then, *given)] = seen
-        assert then - before < BIG // 2
-        assert mapped_total() - before >= BIG // 2
+        assert then - before < 4 * MIB
+        assert mapped_total() - before > 4 * MIB
         assert given == [kind, arena.mapped_bytes, "mine"]
 
     @clause("HOST-28")
@@ -490,7 +495,7 @@ class Pinned(HostMemorySuite):
     """Locked, or registered with a device."""
 
     @clause("HOST-22")
-    @pytest.mark.parametrize("nbytes", [1, PAGE_BYTES, 404 * 1024 + 1, 8 * MIB + 1])
+    @pytest.mark.parametrize("nbytes", [1, PAGE_BYTES, 404 * 1024 + 1, 2 * MIB + 1])
     def test_exactly_what_is_mapped_is_locked(self, nbytes: int) -> None:
         before = locked_bytes()
         arena = self.make("pinned", nbytes)
@@ -542,6 +547,7 @@ class Pinned(HostMemorySuite):
 
     @clause("HOST-23")
     def test_a_limit_on_locks_is_stated(self) -> None:
+        gc.collect(1)  # of what failed before, pages may be locked
         first = self.make("pinned", 3 * PAGE_BYTES)
         before, locked = mapped_total(), locked_bytes()
         granted = MemoryBudget.current().reserve("pinned", 8 * MIB)
@@ -556,6 +562,7 @@ class Pinned(HostMemorySuite):
 
     @clause("HOST-23")
     def test_what_the_limit_allows_is_locked(self) -> None:
+        gc.collect(1)
         before = locked_bytes()
         granted = MemoryBudget.current().reserve("pinned", MIB)
         with (
