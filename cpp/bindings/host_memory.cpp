@@ -88,6 +88,7 @@ struct Request {
 std::shared_ptr<nb::object> shared(nb::object object) {
   return {new nb::object(std::move(object)), [](nb::object* held) {
             const nb::gil_scoped_acquire gil;
+            const nb::error_scope pending;
             std::unique_ptr<nb::object>(held).reset();
           }};
 }
@@ -96,6 +97,7 @@ std::function<void()> caller(nb::object function) {
   if (function.is_none()) return {};
   return [held = shared(std::move(function))] {
     const nb::gil_scoped_acquire gil;
+    const nb::error_scope pending;  // an arena may be dropped because of an exception, which goes on
     try {
       (*held)();
     } catch (nb::python_error& error) {

@@ -4,11 +4,14 @@ A captured tensor is made over a `HostArena` of its own, which lives as long as 
 storage does. The saver refers to arenas weakly, so that it keeps nothing alive.
 """
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -23,6 +26,7 @@ from kvspec.native.host_memory import HostArena
 
 __all__ = ["TorchMemorySaverAdapter"]
 
+_PACKAGE = "torch_memory_saver"
 _FRESH = frozenset(
     (
         *("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"),
@@ -31,15 +35,12 @@ _FRESH = frozenset(
 )
 """Factories whose result a fresh arena is already, once it has its shape."""
 
-_TRIED_BYTES = 4096
-"""How much of an allocation `pause` gives back to see whether it can be given back."""
-
 
 @dataclass
 class _Allocation:
     """What a region captured; `arena` is None when it is freed."""
 
-    arena: "weakref.ref[HostArena]"
+    arena: weakref.ref[HostArena]
     nbytes: int
     keep: bool
     backup: HostArena | None = None
@@ -69,6 +70,7 @@ class TorchMemorySaverAdapter:
         self._tags: dict[str, _Tag] = {}
         self._numbers = 0
         self._counts = {"captured": 0, "given_back": 0, "kept": 0, "put_back": 0}
+        self._package = _package()
 
     @classmethod
     def create(cls, enable: bool) -> "TorchMemorySaverAdapter":
@@ -106,7 +108,11 @@ class TorchMemorySaverAdapter:
             self._enterable(tag)  # again: it may have been paused since
             self._tags[tag].regions += 1
         try:
-            with _told(lambda arena: self._capture(tag, keep, arena)), _Capture():
+            with ExitStack() as inside:
+                if self._package is not None:
+                    inside.enter_context(self._package.region(tag=tag, enable_cpu_backup=keep))
+                inside.enter_context(_told(lambda arena: self._capture(tag, keep, arena)))
+                inside.enter_context(_Capture(frozenset({"cuda"} if self._package else ())))
                 yield
         finally:
             with self._lock:
@@ -137,6 +143,8 @@ class TorchMemorySaverAdapter:
             alive = entry.alive()
             backups = [_copied(arena) if each.keep else None for each, arena in alive]
             _try([arena for _, arena in alive])
+            if self._package is not None:
+                self._package.pause(tag)
             for (each, arena), backup in zip(alive, backups, strict=True):
                 arena.discard()
                 arena.promise(None)
@@ -156,6 +164,8 @@ class TorchMemorySaverAdapter:
             try:
                 for each, arena in alive:
                     _restore(arena, each.backup)
+                if self._package is not None:
+                    self._package.resume(tag)
             except BaseException:
                 _undo([arena for _, arena in alive], reservations)
                 raise
@@ -175,8 +185,11 @@ class TorchMemorySaverAdapter:
     # -- what there is ---------------------------------------------------------------------------
 
     def configure_subprocess(self) -> AbstractContextManager[None]:
-        """Around the start of a process that is to have a saver."""
-        return nullcontext()
+        """Around the start of a process that is to have a saver: what its package needs is set."""
+        if self._package is None:
+            return nullcontext()
+        around: AbstractContextManager[None] = import_module(_PACKAGE).configure_subprocess()
+        return around
 
     def view(self) -> Mapping[str, TaggedRegion]:
         """The abstract state: every tag that a region was opened for."""
@@ -204,6 +217,20 @@ def _seen(entry: _Tag) -> TaggedRegion:
     backups = sum(each.nbytes for each in alive if each.backup is not None)
     nbytes = sum(each.nbytes for each in alive)
     return TaggedRegion(entry.paused, len(alive), nbytes, entry.regions, backups)
+
+
+def _package() -> Any:
+    """What saves the memory of CUDA devices, None without CUDA or without it (SAVER-21).
+
+    It is asked to work through torch's allocator where it was not loaded before libc.
+    """
+    if not torch.cuda.is_available() or find_spec(_PACKAGE) is None:
+        return None
+    saver = import_module(_PACKAGE).torch_memory_saver
+    if _PACKAGE not in os.environ.get("LD_PRELOAD", ""):
+        with suppress(AssertionError):  # somebody uses it already, as they chose
+            saver.hook_mode = "torch"
+    return saver
 
 
 @contextmanager
@@ -285,7 +312,11 @@ class _Twin(TorchMemorySaverAdapter):
 
 
 class _Capture(TorchDispatchMode):
-    """Inside, the results of factories are over arenas (SAVER-3)."""
+    """Inside, the results of factories are over arenas (SAVER-3); `saved` is another's memory."""
+
+    def __init__(self, saved: frozenset[str]) -> None:
+        super().__init__()
+        self._saved = saved
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -294,11 +325,14 @@ class _Capture(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name not in FACTORIES or "out" in given:
             return func(*args, **given)
-        _require_device(name, args, given)
-        plain = not any(isinstance(each, Tensor) and each.is_quantized for each in args)
-        fresh = name in _FRESH and plain and given.get("device") != torch.device("meta")
+        device = _device(args, given).type
+        if device == "meta" or device in self._saved:
+            return func(*args, **given)
+        _require(name, device, given)
+        dense = not any(isinstance(each, Tensor) and each.is_quantized for each in args)
+        fresh = name in _FRESH and dense
         model = func(*args, **{**given, "device": "meta"}) if fresh else func(*args, **given)
-        if not _captures(name, model, fresh):
+        if not _captures(model):
             return func(*args, **given) if fresh else model
         made = _over_arena(model)
         return made if fresh else made.copy_(model)
@@ -310,12 +344,17 @@ def _over_arena(model: Tensor) -> Tensor:
     return torch.empty(0, dtype=model.dtype).set_(storage, 0, model.shape, model.stride())
 
 
-def _require_device(name: str, args: Sequence[Any], given: Mapping[str, Any]) -> None:
-    """Refuse what could not be captured: the memory of a device, and pinned memory (SAVER-7)."""
+def _device(args: Sequence[Any], given: Mapping[str, Any]) -> torch.device:
+    """Where the result of a factory will be."""
     device = given.get("device")
     if device is None:
-        device = next((each.device for each in args if isinstance(each, Tensor)), None)
-    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        device = next((each.device for each in args if isinstance(each, Tensor)), "cpu")
+    return torch.device(device)
+
+
+def _require(name: str, device: str, given: Mapping[str, Any]) -> None:
+    """Refuse what could not be given back: the memory of a device, and pinned memory (SAVER-7)."""
+    if device != "cpu":
         raise ContractError(
             f"SAVER-7: {name} on {device} inside a region needs CUDA and the package"
             " torch_memory_saver"
@@ -324,10 +363,9 @@ def _require_device(name: str, args: Sequence[Any], given: Mapping[str, Any]) ->
         raise ContractError(f"SAVER-7: {name} of pinned memory, which cannot be given back")
 
 
-def _captures(name: str, model: Tensor, fresh: bool) -> bool:
-    """Whether a factory's result is new dense memory of the CPU, and any of it."""
+def _captures(model: Tensor) -> bool:
+    """Whether a factory's result, or its model on `meta`, is new dense memory, and any of it."""
     if model.layout != torch.strided or model.is_quantized:
         return False
-    if not fresh and (model.device.type != "cpu" or not model.untyped_storage().resizable()):
-        return False  # what is not resizable is somebody else's: a numpy array
-    return model.untyped_storage().nbytes() > 0
+    storage = model.untyped_storage()  # one that cannot grow is somebody else's: a numpy array's
+    return storage.nbytes() > 0 and (model.is_meta or storage.resizable())

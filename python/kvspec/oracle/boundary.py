@@ -75,6 +75,40 @@ def unsigned(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.uint64)
 
 
+class Capture(TorchDispatchMode):
+    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3, SAVER-7)."""
+
+    def __init__(self, arenas: Any) -> None:
+        super().__init__()
+        self._arenas = arenas
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, given = func.overloadpacket.__name__, kwargs or {}
+        if name not in FACTORIES or "out" in given:
+            return func(*args, **given)
+        of = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
+        device = torch.device(given.get("device") or of)
+        if device.type not in ("cpu", "meta"):
+            raise ContractError(
+                f"SAVER-7: {name} on {device} inside a region needs CUDA and the package"
+                " torch_memory_saver"
+            )
+        if given.get("pin_memory"):
+            raise ContractError(f"SAVER-7: {name} of pinned memory, which cannot be given back")
+        made = func(*args, **given)
+        if not _is_new_memory(made):
+            return made
+        storage = self._arenas("mmap", made.untyped_storage().nbytes()).tensor().untyped_storage()
+        copy = torch.empty(0, dtype=made.dtype).set_(storage, 0, made.shape, made.stride())
+        return copy.copy_(made)
+
+
+def _is_new_memory(made: Tensor) -> bool:
+    """Dense memory of the CPU, any of it, and not somebody else's, as a numpy array's is."""
+    dense = made.layout == torch.strided and made.device.type == "cpu" and not made.is_quantized
+    return dense and made.untyped_storage().resizable() and made.untyped_storage().nbytes() > 0
+
+
 def memory_tensor(memory: Any) -> Tensor:
     """A uint8 tensor over the memory of an object that it keeps alive: something with a buffer."""
     return torch.frombuffer(memory, dtype=torch.uint8)
@@ -117,37 +151,3 @@ def pin(address: int, nbytes: int) -> Callable[[], object] | None:
             f"HOST-22: cudaHostRegister of {nbytes} bytes failed with error {code}"
         )
     return lambda: runtime.cudaHostUnregister(address)
-
-
-class Capture(TorchDispatchMode):
-    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3, SAVER-7)."""
-
-    def __init__(self, arenas: Any) -> None:
-        super().__init__()
-        self._arenas = arenas
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, given = func.overloadpacket.__name__, kwargs or {}
-        if name not in FACTORIES or "out" in given:
-            return func(*args, **given)
-        of = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
-        device = torch.device(given.get("device") or of)
-        if device.type not in ("cpu", "meta"):
-            raise ContractError(
-                f"SAVER-7: {name} on {device} inside a region needs CUDA and the package"
-                " torch_memory_saver"
-            )
-        if given.get("pin_memory"):
-            raise ContractError(f"SAVER-7: {name} of pinned memory, which cannot be given back")
-        made = func(*args, **given)
-        if not _is_new_memory(made):
-            return made
-        storage = self._arenas("mmap", made.untyped_storage().nbytes()).tensor().untyped_storage()
-        copy = torch.empty(0, dtype=made.dtype).set_(storage, 0, made.shape, made.stride())
-        return copy.copy_(made)
-
-
-def _is_new_memory(made: Tensor) -> bool:
-    """Dense memory of the CPU, any of it, and not somebody else's, as a numpy array's is."""
-    dense = made.layout == torch.strided and made.device.type == "cpu" and not made.is_quantized
-    return dense and made.untyped_storage().resizable() and made.untyped_storage().nbytes() > 0

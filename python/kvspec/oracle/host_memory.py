@@ -11,6 +11,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -116,6 +117,11 @@ class HostArena:
 
     node_folder: ClassVar[str] = "/sys/devices/system/node"
 
+    made: ClassVar[ContextVar[Callable[["HostArena"], None] | None]] = ContextVar(
+        "kvspec_oracle_arena_made", default=None
+    )
+    """Who is told of every arena that is made in this context, but for attached ones (SAVER-5)."""
+
     def __init__(
         self,
         kind: ArenaKind,
@@ -146,6 +152,9 @@ class HostArena:
         self._tensors: list[weakref.ref[memoryview]] = []
         self._populated = self._threads = 0
         self._map(self._reserve())
+        listener = self.made.get()
+        if listener is not None and attach is None:
+            listener(self)
 
     def _reserve(self) -> Reservation | None:
         """In the budget, before anything is mapped (HOST-28)."""
@@ -155,7 +164,8 @@ class HostArena:
         return MemoryBudget.current().reserve(asked.kind, asked.mapped_bytes, label=asked.label)
 
     def _map(self, reservation: Reservation | None) -> None:
-        release: list[Callable[[], object]] = [reservation.release] if reservation else []
+        held = self._reserved = [] if reservation is None else [reservation]
+        release: list[Callable[[], object]] = [lambda: _release(held)]
         try:
             address, give_back = self._get()
             release.insert(0, give_back)
@@ -170,6 +180,19 @@ class HostArena:
         self._memory = memory
         self._end = weakref.finalize(memory, _run, os.getpid(), release)
         self._end.atexit = False
+
+    def reserved_again(self) -> Reservation | None:
+        """Its bytes in the budget once more, for `promise` (SAVER-16)."""
+        again = self._reserve() if self._reserved else None
+        if again is not None:
+            again.mapped(self.address, self.mapped_bytes)
+        return again
+
+    def promise(self, reservation: Reservation | None) -> None:
+        """Give up what is reserved, for memory that is given back, or have this in its place."""
+        _release(self._reserved)
+        if reservation is not None:
+            self._reserved[:] = [reservation]
 
     def _get(self) -> tuple[int, Callable[[], None]]:
         """The address, and what gives it back."""
@@ -294,7 +317,9 @@ class HostArena:
         end = start + prod(lengths) * item
         if not 0 <= start <= end <= self.nbytes:
             raise ContractError(f"HOST-14: bytes [{start}, {end}) are not in [0, {self.nbytes})")
-        part = memoryview(self._memory).cast("B")[start:end]
+        window = (ctypes.c_ubyte * self.nbytes).from_buffer(self._memory)
+        vars(window)["arena"] = self  # so that the object lives as long as the memory does
+        part = memoryview(window).cast("B")[start:end]
         if start < end:
             self._tensors.append(weakref.ref(part, self._tensors.remove))
         return boundary.tensor_over(part, dtype, lengths)
@@ -388,6 +413,11 @@ class HostArena:
         for other in others:
             first = _both(first, other)
         return first
+
+
+def _release(reservations: Sequence[Reservation]) -> None:
+    for each in reservations:
+        each.release()
 
 
 def _run(owner: int, release: Sequence[Callable[[], object]]) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.memory_saver import TaggedRegion
-from kvspec.interim_arena import HostArena
 from kvspec.oracle.boundary import Capture
+from kvspec.oracle.host_memory import HostArena
 
 if TYPE_CHECKING:
     from kvspec.memory_budget import Reservation
@@ -85,7 +85,8 @@ class TorchMemorySaverAdapter:
     def _capture(self, entry: Tag, keep: bool, arena: HostArena) -> None:
         if arena.kind not in ("mmap", "shm"):
             return  # the system takes no single pages of it back (SAVER-6)
-        entry.captured.append(Allocation(weakref.ref(arena), arena.nbytes, keep))
+        gone = weakref.ref(arena, lambda _: entry.alive() and None)  # its backup goes with it
+        entry.captured.append(Allocation(gone, arena.nbytes, keep))
         self._counts["captured"] += arena.nbytes
 
     def _require_usable(self, tag: str) -> None:
