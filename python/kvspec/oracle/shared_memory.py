@@ -1,7 +1,7 @@
 """Named segments of shared memory, with files and locks of the standard library. Spec: SHM.
 
 The same names and the same locks as the core, so that either side can be the other process. Alive
-is what somebody has a lock on; `_remove_if_alone` is the only place where a name goes. The library's
+is what somebody has a lock on; `_remove_if_alone` is the only place where a name goes. Python's own
 `multiprocessing.shared_memory` is not used: its tracker would remove names at an exit (SHM-18).
 """
 
