@@ -159,7 +159,7 @@ class ShmChannel(ShmChannelEnd):
         return block
 
     def close(self) -> None:
-        """Give the end back: of the writer's, the channel ends; a reader leaves (CHAN-18, CHAN-19)."""
+        """Give the end back: the channel ends, or the reader leaves (CHAN-18, CHAN-19)."""
         if self._block is not None:
             self._block._let_go()
         self.close_end()
