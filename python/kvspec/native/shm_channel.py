@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReadBlock", "ShmChannel", "WriteBlock"]
 
-_VIEWED = "CHAN-16: somebody still has a view of the block: give up slices, arrays and tensors of it first"
+_VIEWS = "slices, arrays and tensors"
+_VIEWED = f"CHAN-16: somebody still has a view of the block: give up {_VIEWS} of it first"
 
 
 class _Block:
