@@ -1,10 +1,5 @@
 #include "kvspec/shm_channel.hpp"
 
-#include <fcntl.h>
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -13,7 +8,11 @@
 #include <cmath>
 #include <cstring>
 #include <ctime>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <system_error>
+#include <unistd.h>
 #include <utility>
 
 #include "kvspec/contract.hpp"
@@ -220,8 +219,8 @@ void ShmChannel::Turn::refuse(const std::string& what) const {
 
 void ShmChannel::Turn::require_writer(const std::optional<double>& timeout) const {
   if (end_.reader_) {
-    kvspec::refuse("CHAN-26", std::string(name_) + " is for the writer, this is the end of reader " +
-                                  std::to_string(*end_.reader_));
+    kvspec::refuse("CHAN-26", std::string(name_) + " is for the writer, this is the end of" +
+                                  " reader " + std::to_string(*end_.reader_));
   }
   require(timeout);
 }

@@ -225,7 +225,8 @@ void def_blocks(nb::class_<ShmChannel>& end) {
           nb::sig("def hold_room(self, timeout: float | None = None) -> tuple[int, int] | None"),
           "Address and length of the next block, open from now on; None if no room came.")
       .def("hold_message", &hold_message, "timeout"_a = nb::none(),
-           nb::sig("def hold_message(self, timeout: float | None = None) -> tuple[int, int] | None"),
+           nb::sig("def hold_message(self, timeout: float | None = None) "
+                   "-> tuple[int, int] | None"),
            "Address and length of the next message, its block open from now on; None if none came.")
       .def(
           "let_go", [](ShmChannel& self) { self.hold_block(false); },

@@ -3,6 +3,7 @@ from typing import overload
 
 import kvspec.interfaces.ownership_ledger
 import kvspec.interfaces.shared_memory
+import kvspec.interfaces.shm_channel
 import kvspec.interfaces.slot_allocator
 import torch
 
@@ -484,6 +485,100 @@ class SharedSegment:
         """
         Raise ContractError if the name leads elsewhere, or the size changed (SHM-19).
         """
+
+class ShmChannelEnd:
+    """The core of one end of a channel. Spec: CHAN."""
+
+    @overload
+    def __init__(self, label: str, block_bytes: int, block_count: int, reader_count: int) -> None:
+        """The writer's end of a new channel (CHAN-2, CHAN-3)."""
+
+    @overload
+    def __init__(self, name: str, reader: int) -> None:
+        """The end of one reader (CHAN-4, CHAN-5)."""
+
+    @property
+    def name(self) -> str:
+        """Of the segment: what `attach` is given."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def block_count(self) -> int: ...
+
+    @property
+    def reader_count(self) -> int: ...
+
+    @property
+    def reader(self) -> int | None:
+        """Whose end this is; None for the writer's."""
+
+    @property
+    def death_check(self) -> float:
+        """Seconds after which a waiting end looks again whether its peers live."""
+
+    @death_check.setter
+    def death_check(self, arg: float, /) -> None: ...
+
+    @property
+    def ended(self) -> bool:
+        """
+        Whether the writer has closed and this reader has everything (CHAN-18).
+        """
+
+    def send(self, data: kvspec.interfaces.shm_channel.Bytes, timeout: float | None = None) -> bool:
+        """
+        Send a copy of the bytes; False if no room came (CHAN-6, CHAN-7, CHAN-8, CHAN-24).
+        """
+
+    def receive(self, timeout: float | None = None) -> bytes | None:
+        """
+        The next message; None if none came, or none will (CHAN-9, CHAN-10, CHAN-18).
+        """
+
+    def receive_into(self, buffer: kvspec.interfaces.shm_channel.Bytes, timeout: float | None = None) -> int | None:
+        """As `receive`, into a buffer; how many bytes (CHAN-11, CHAN-12)."""
+
+    def wait_for_readers(self, timeout: float | None = None) -> bool:
+        """Whether no place is absent any more (CHAN-20, CHAN-25)."""
+
+    def drop_reader(self, reader: int) -> None:
+        """Go on without a reader that is gone, or never came (CHAN-22, CHAN-23)."""
+
+    def counters(self) -> dict[str, int]:
+        """Exact costs so far (CHAN-30)."""
+
+    def check(self) -> None:
+        """Raise ContractError if cursors or description are broken (CHAN-28)."""
+
+    def hold_room(self, timeout: float | None = None) -> tuple[int, int] | None:
+        """
+        Address and length of the next block, open from now on; None if no room came.
+        """
+
+    def hold_message(self, timeout: float | None = None) -> tuple[int, int] | None:
+        """
+        Address and length of the next message, its block open from now on; None if none came.
+        """
+
+    def let_go(self) -> None:
+        """The block is not open any more."""
+
+    def publish(self, nbytes: int) -> None:
+        """The first bytes of the next block are the last message (CHAN-13)."""
+
+    def advance(self) -> None:
+        """The message was received (CHAN-15)."""
+
+    def close_end(self) -> None:
+        """The channel ends, or the reader leaves (CHAN-18, CHAN-19)."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    def seen(self) -> tuple[str, int, tuple[int, ...], tuple[str, ...]]:
+        """Of `view()`: writer, written, read, readers. REQUIRES: not closed."""
 
 class NodeHandle:
     """Names a path and the incarnation of its last page (CACHE-14)."""

@@ -93,15 +93,28 @@ class ShmChannel(Protocol):
     unless somebody sleeps (CHAN-30).
     """
 
-    name: str
-    """Of the segment: what `attach` is given."""
-    block_bytes: int
-    block_count: int
-    reader_count: int
-    reader: int | None
-    """Whose end this is; None for the writer's."""
     death_check: float
     """Seconds after which a waiting end looks again whether its peers live."""
+
+    @property
+    def name(self) -> str:
+        """Of the segment: what `attach` is given."""
+
+    @property
+    def block_bytes(self) -> int:
+        """The most bytes that a message has."""
+
+    @property
+    def block_count(self) -> int:
+        """Messages that a reader can be behind."""
+
+    @property
+    def reader_count(self) -> int:
+        """Places of readers."""
+
+    @property
+    def reader(self) -> int | None:
+        """Whose end this is; None for the writer's."""
 
     @classmethod
     def create(cls, label: str, block_bytes: int, block_count: int, reader_count: int) -> Self:

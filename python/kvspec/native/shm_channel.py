@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReadBlock", "ShmChannel", "WriteBlock"]
 
-_VIEWED = "CHAN-16: somebody still has a view of the block: give up slices, arrays and tensors of it first"
+_VIEWS = "slices, arrays and tensors"
+_VIEWED = f"CHAN-16: somebody still has a view of the block: give up {_VIEWS} of it first"
 
 
 class _Block:
@@ -159,7 +160,7 @@ class ShmChannel(ShmChannelEnd):
         return block
 
     def close(self) -> None:
-        """Give the end back: of the writer's, the channel ends; a reader leaves (CHAN-18, CHAN-19)."""
+        """Give the end back: the channel ends, or the reader leaves (CHAN-18, CHAN-19)."""
         if self._block is not None:
             self._block._let_go()
         self.close_end()

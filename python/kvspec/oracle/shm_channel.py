@@ -251,7 +251,7 @@ class ShmChannel:
         self._death_check = seconds
 
     def close(self) -> None:
-        """Give the end back: of the writer's, the channel ends; a reader leaves (CHAN-18, CHAN-19)."""
+        """Give the end back: the channel ends, or the reader leaves (CHAN-18, CHAN-19)."""
         if self._segment is None:
             return
         with self._turn("close"):
