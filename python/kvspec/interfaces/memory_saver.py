@@ -73,7 +73,9 @@ class TorchMemorySaverAdapter(Protocol):
         """
 
     def pause(self, tag: str) -> None:
-        """Give the physical pages of a tag back; the addresses stay (SAVER-8 to SAVER-12, SAVER-16).
+        """Give the physical pages of a tag back; the addresses stay (SAVER-8 to SAVER-12).
+
+        All of them or none, and of this tag alone (SAVER-15, SAVER-19).
 
         ContractError for a tag that is unknown, paused already, or has an open region;
         HostMemoryError where there is no room for the backups. O(resident bytes given back), and

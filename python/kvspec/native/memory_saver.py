@@ -59,7 +59,10 @@ class _Tag:
 
 
 class TorchMemorySaverAdapter:
-    """What is allocated inside `region(tag)` is given back by `pause(tag)` (SAVER-1 to SAVER-20)."""
+    """What is allocated inside `region(tag)` is given back by `pause(tag)`.
+
+    SAVER-1 to SAVER-21.
+    """
 
     _process: ClassVar["TorchMemorySaverAdapter"]
     _creation: ClassVar[threading.Lock] = threading.Lock()
@@ -112,7 +115,8 @@ class TorchMemorySaverAdapter:
                 if self._package is not None:
                     inside.enter_context(self._package.region(tag=tag, enable_cpu_backup=keep))
                 inside.enter_context(_told(lambda arena: self._capture(tag, keep, arena)))
-                inside.enter_context(_Capture(frozenset({"cuda"} if self._package else ())))
+                mode = inside.enter_context(_Capture())
+                mode.saved = frozenset({"cuda"} if self._package is not None else ())
                 yield
         finally:
             with self._lock:
@@ -312,11 +316,14 @@ class _Twin(TorchMemorySaverAdapter):
 
 
 class _Capture(TorchDispatchMode):
-    """Inside, the results of factories are over arenas (SAVER-3); `saved` is another's memory."""
+    """Inside, the results of factories are over arenas (SAVER-3)."""
 
-    def __init__(self, saved: frozenset[str]) -> None:
-        super().__init__()
-        self._saved = saved
+    saved: frozenset[str] = frozenset()
+    """The devices whose memory is left to the package."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports the compiler, for seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -326,7 +333,7 @@ class _Capture(TorchDispatchMode):
         if name not in FACTORIES or "out" in given:
             return func(*args, **given)
         device = _device(args, given).type
-        if device == "meta" or device in self._saved:
+        if device == "meta" or device in self.saved:
             return func(*args, **given)
         _require(name, device, given)
         dense = not any(isinstance(each, Tensor) and each.is_quantized for each in args)

@@ -76,11 +76,14 @@ def unsigned(numbers: Sequence[int]) -> Tensor:
 
 
 class Capture(TorchDispatchMode):
-    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3, SAVER-7)."""
+    """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3)."""
 
-    def __init__(self, arenas: Any) -> None:
-        super().__init__()
-        self._arenas = arenas
+    arenas: Any
+    """The class of the arenas."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports the compiler, for seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = func.overloadpacket.__name__, kwargs or {}
@@ -98,7 +101,7 @@ class Capture(TorchDispatchMode):
         made = func(*args, **given)
         if not _is_new_memory(made):
             return made
-        storage = self._arenas("mmap", made.untyped_storage().nbytes()).tensor().untyped_storage()
+        storage = self.arenas("mmap", made.untyped_storage().nbytes()).tensor().untyped_storage()
         copy = torch.empty(0, dtype=made.dtype).set_(storage, 0, made.shape, made.stride())
         return copy.copy_(made)
 

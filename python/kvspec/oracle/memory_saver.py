@@ -4,6 +4,7 @@ A dict of tags to their allocations. Each is memory of its own, referred to weak
 refers to is freed, and its tag has one allocation less.
 """
 
+import mmap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.memory_saver import TaggedRegion
-from kvspec.oracle.boundary import Capture
+from kvspec.oracle.boundary import BYTES, Capture, tensor_over
 from kvspec.oracle.host_memory import HostArena
 
 if TYPE_CHECKING:
@@ -77,10 +78,15 @@ class TorchMemorySaverAdapter:
         entry = self._tags[tag]
         entry.regions += 1
         try:
-            with heard(lambda arena: self._capture(entry, keep, arena)), Capture(HostArena):
+            with heard(lambda arena: self._capture(entry, keep, arena)), self._mode():
                 yield
         finally:
             entry.regions -= 1
+
+    def _mode(self) -> Capture:
+        mode = Capture()
+        mode.arenas = HostArena
+        return mode
 
     def _capture(self, entry: Tag, keep: bool, arena: HostArena) -> None:
         if arena.kind not in ("mmap", "shm"):
@@ -105,7 +111,7 @@ class TorchMemorySaverAdapter:
                 f"SAVER-12: {tag!r} has {entry.regions} open regions: pause it outside"
             )
         alive = entry.alive()
-        contents = [arena.tensor().clone() for _, arena in alive]
+        contents = [snapshot(arena) for _, arena in alive]
         with heard(None):
             backups = [copied(arena) if each.keep else None for each, arena in alive]
         try:
@@ -113,7 +119,7 @@ class TorchMemorySaverAdapter:
                 arena.discard()
         except BaseException:
             for (_, arena), before in zip(alive, contents, strict=True):
-                arena.tensor().copy_(before)
+                restore(arena, before)
             raise
         for (each, arena), backup in zip(alive, backups, strict=True):
             arena.promise(None)
@@ -134,7 +140,7 @@ class TorchMemorySaverAdapter:
                 reservations.append(arena.reserved_again())
                 undo.callback(release, reservations[-1])
             for each, arena in alive:
-                undo.callback(arena.tensor().copy_, arena.tensor().clone())
+                undo.callback(restore, arena, snapshot(arena))
                 arena.discard()
                 if each.backup is not None:
                     arena.tensor().copy_(each.backup.tensor())
@@ -196,6 +202,18 @@ def copied(arena: HostArena) -> HostArena:
     backup = HostArena("mmap", arena.nbytes, label="backup")
     backup.tensor().copy_(arena.tensor())
     return backup
+
+
+def snapshot(arena: HostArena) -> mmap.mmap:
+    """What it holds, in memory that goes back to the system with the snapshot (SAVER-15)."""
+    kept = mmap.mmap(-1, arena.nbytes)
+    kept.write(arena.tensor().numpy())
+    return kept
+
+
+def restore(arena: HostArena, kept: mmap.mmap) -> None:
+    """What it held."""
+    arena.tensor().copy_(tensor_over(memoryview(kept), BYTES, [arena.nbytes]))
 
 
 def release(reservation: "Reservation | None") -> None:
