@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from kvspec.interfaces.slot_allocator import Slots
-
 __all__ = [
     "HostKVCache",
     "HostPoolView",
@@ -22,8 +20,12 @@ __all__ = [
     "MLATokenToKVPool",
     "PairMapping",
     "SWAKVPool",
+    "Slots",
     "Translator",
 ]
+
+Slots: TypeAlias = Sequence[int] | Tensor | memoryview
+"""Slots as an argument: a list, a buffer or a one-dimensional integer tensor on the CPU."""
 
 Layout: TypeAlias = Literal["layer_first", "page_first"]
 IOBackend: TypeAlias = Literal["kernel", "direct"]

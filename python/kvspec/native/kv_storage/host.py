@@ -11,8 +11,7 @@ from torch import Tensor
 from kvspec._core import HostSlots, copy_rows
 from kvspec.errors import ContractError
 from kvspec.interfaces.host_memory import ArenaKind
-from kvspec.interfaces.kv_storage import HostedPool, HostPoolView, IOBackend, Layout
-from kvspec.interfaces.slot_allocator import Slots
+from kvspec.interfaces.kv_storage import HostedPool, HostPoolView, IOBackend, Layout, Slots
 from kvspec.native.host_memory import HostArena
 from kvspec.native.kv_storage.pools import bytes_of, require_cpu
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from kvspec._core import KVStorage
 from kvspec.errors import ContractError
-from kvspec.interfaces.kv_storage import KVPoolView, Layer, LayerTransferCounter, Scale
+from kvspec.interfaces.kv_storage import KVPoolView, Layer, LayerTransferCounter, Scale, Slots
 from kvspec.interfaces.memory_saver import GPU_MEMORY_TYPE_KV_CACHE
-from kvspec.interfaces.slot_allocator import Slots
 from kvspec.native.memory_saver import TorchMemorySaverAdapter
 
 __all__ = ["Copy", "KVCache", "MHATokenToKVPool", "MLATokenToKVPool", "bytes_of", "require_cpu"]

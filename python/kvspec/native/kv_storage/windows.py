@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kvspec.errors import ContractError
-from kvspec.interfaces.kv_storage import KVPoolView, Layer, PairMapping, Scale
-from kvspec.interfaces.slot_allocator import Slots
+from kvspec.interfaces.kv_storage import KVPoolView, Layer, PairMapping, Scale, Slots
 from kvspec.native.kv_storage.pools import GB, Copy, KVCache, MHATokenToKVPool, as_rows
 
 __all__ = ["SWAKVPool"]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from kvspec.errors import ContractError
 from kvspec.interfaces.host_memory import ArenaKind
-from kvspec.interfaces.kv_storage import HostedPool, HostPoolView, IOBackend, Layout
-from kvspec.interfaces.slot_allocator import Slots
+from kvspec.interfaces.kv_storage import HostedPool, HostPoolView, IOBackend, Layout, Slots
 from kvspec.oracle.boundary import has_device, is_tensor, numbers, raw, tensor, zeros
 from kvspec.oracle.host_memory import HostArena
 from kvspec.oracle.kv_storage.pools import require_cpu

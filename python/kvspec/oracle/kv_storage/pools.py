@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from kvspec.errors import ContractError
-from kvspec.interfaces.kv_storage import KVPoolView, Layer, LayerTransferCounter, Scale
+from kvspec.interfaces.kv_storage import KVPoolView, Layer, LayerTransferCounter, Scale, Slots
 from kvspec.interfaces.memory_saver import GPU_MEMORY_TYPE_KV_CACHE
-from kvspec.interfaces.slot_allocator import Slots
 from kvspec.oracle.boundary import (
     KV_TYPES,
     is_tensor,

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvspec.errors import ContractError
-from kvspec.interfaces.kv_storage import KVPoolView, Layer, PairMapping, Scale
-from kvspec.interfaces.slot_allocator import Slots
+from kvspec.interfaces.kv_storage import KVPoolView, Layer, PairMapping, Scale, Slots
 from kvspec.oracle.boundary import is_tensor, numbers, tensor
 from kvspec.oracle.kv_storage.pools import GB, KVCache, MHATokenToKVPool
 
