@@ -25,7 +25,7 @@ class TestShmChannelModel:
         assert run.returncode == Exit.HOLDS, run.stdout
 
     @clause("CHAN-14", "CHAN-20", "CHAN-21", "CHAN-22")
-    def test_holds_whoever_dies_and_every_action_fires(self, tmp_path: Path) -> None:
+    def test_holds_if_a_reader_dies_and_every_action_fires(self, tmp_path: Path) -> None:
         run = tlc("MCShmChannel", "ShmChannelDeaths", tmp_path, "-coverage", "1")
 
         assert run.returncode == Exit.HOLDS, run.stdout
@@ -34,7 +34,7 @@ class TestShmChannelModel:
     @clause("CHAN-27")
     @pytest.mark.parametrize("config", ["ShmChannelWaits", "ShmChannelNobodyDies"])
     def test_every_wait_ends(self, config: str, tmp_path: Path) -> None:
-        """With deaths, and without deaths by bells alone: no wake-up is lost."""
+        """Whoever dies; and where nobody does, by bells alone: no wake-up is lost."""
         run = tlc("MCShmChannel", config, tmp_path)
 
         assert run.returncode == Exit.HOLDS, run.stdout
