@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from unittest import mock
@@ -20,15 +21,16 @@ BYTES = ("HOST-5", "HOST-13", "HOST-14", "HOST-16", "HOST-19", "HOST-20", "HOST-
 """Of the state machine, which is one test."""
 
 
-class AsksForSomethingElse(HostArena):
+class AsksForSomethingElse(HostArena, ABC):
     """Checks what it was given, and then goes by something else."""
 
     def _reserve(self) -> Reservation | None:
         self._asked = self.instead(self._asked)
         return super()._reserve()
 
+    @abstractmethod
     def instead(self, asked: Any) -> Any:
-        raise NotImplementedError
+        """What it goes by."""
 
 
 @registry.mutant("HOST-1")

@@ -7,6 +7,7 @@ can be given back (CHAN-16).
 
 import ctypes
 import sys
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +24,7 @@ _VIEWS = "slices, arrays and tensors"
 _VIEWED = f"CHAN-16: somebody still has a view of the block: give up {_VIEWS} of it first"
 
 
-class _Block:
+class _Block(ABC):
     """A block under one end."""
 
     _end: "ShmChannel"
@@ -37,8 +38,9 @@ class _Block:
         self._buffer = (ctypes.c_char * self.nbytes).from_address(address)
         self._buffer.end = end
 
+    @abstractmethod
     def _viewed(self) -> memoryview:
-        raise NotImplementedError
+        """The block as its end may use it: written to, or only read."""
 
     @property
     def data(self) -> memoryview:

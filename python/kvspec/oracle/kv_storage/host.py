@@ -1,6 +1,7 @@
 """Rows of host memory for those of a device pool, and a list of the free ones."""
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,7 +26,7 @@ def host_memory(shape: Sequence[int], dtype: "torch.dtype", pin_memory: bool) ->
     return HostArena(kind, prod(shape) * dtype.itemsize, label="kv").tensor(dtype, shape)
 
 
-class HostKVCache:
+class HostKVCache(ABC):
     """What the pools of the host share. Slots are 0 .. size - 1, none of them a sink."""
 
     _tensor_names: tuple[str, ...]
@@ -90,16 +91,17 @@ class HostKVCache:
         tensors = [(rows.shape, rows.dtype) for column in layers for rows in column]
         return device_pool.start_layer, device_pool.page_size, tensors
 
+    @abstractmethod
     def _shape(self, order: list[int]) -> list[int]:
-        raise NotImplementedError
+        """Of `kv_buffer`."""
 
+    @abstractmethod
     def _layer(self, index: int) -> "list[Tensor]":
         """The rows of a layer, [size, heads, dim] each, in `kv_buffer`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _page(self, index: int) -> "Tensor":
         """The rows of a page, in `kv_buffer`."""
-        raise NotImplementedError
 
     def get_size_per_token(self) -> int:
         """Bytes of a slot, in all layers (KV-22)."""
