@@ -37,13 +37,30 @@ def test_the_readme_shows_the_two_commands() -> None:
     assert "make test" in readme
 
 
+def run_the_example_of(section: str, **names: Any) -> dict[str, Any]:
+    """The names that a section of the README leaves, from its `import torch` on."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = readme.partition(f"## {section}")[2].partition("\n## ")[0]
+    code = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    exec("\n".join(code[code.index("import torch, kvspec") :]), names)
+    return names
+
+
+@native
+def test_the_example_of_host_memory_does_what_it_says() -> None:
+    names = run_the_example_of("Where every byte comes from")
+    assert names["table"].shape == (512, 512)
+    assert names["arena"].resident_bytes() == 2**20
+    assert names["received"] == b"batch 1"
+    assert names["while_paused"] == 0
+    names["reader"].close()
+    names["writer"].close()
+    names["segment"].close()
+
+
 @native
 def test_the_example_of_sliding_windows_does_what_it_says() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Sliding windows")[2].partition("\n## ")[0]
-    code = [line[4:] for line in section.splitlines() if line.startswith("    ")]
-    names: dict[str, Any] = {"prompt": list(range(4096))}
-    exec("\n".join(code), names)
+    names = run_the_example_of("Sliding windows", prompt=list(range(4096)))
     assert len(names["found"].device_indices) == 4096
     assert names["windows"].all()
     assert sum(page.tombstone for page in names["tree"].view().pages.values()) == 192

@@ -13,6 +13,7 @@ import pytest
 import kvspec
 from kvspec import _core
 from kvspec.conformance.chunk_cache import ChunkCacheConformance
+from kvspec.conformance.host_memory import HostMemoryConformance
 from kvspec.conformance.kv_storage import KVStorageConformance
 from kvspec.conformance.lockstep.campaign import campaign
 from kvspec.conformance.ownership_ledger import OwnershipLedgerConformance
@@ -20,6 +21,7 @@ from kvspec.conformance.page_allocator import PageAllocatorConformance
 from kvspec.conformance.prefix_cache import PrefixCacheConformance
 from kvspec.conformance.radix_cache import RadixCacheConformance
 from kvspec.conformance.request_pool import RequestPoolConformance
+from kvspec.conformance.shared_memory import SharedMemoryConformance
 from kvspec.conformance.shm_channel import ShmChannelConformance
 from kvspec.conformance.slot_allocator import SlotAllocatorConformance
 from kvspec.conformance.suite import short_fuzzing
@@ -51,6 +53,14 @@ class TestSWAAllocator(SWAAllocatorConformance):
 
 
 class TestRequestPool(RequestPoolConformance):
+    impl = kvspec
+
+
+class TestSharedMemory(SharedMemoryConformance):
+    impl = kvspec
+
+
+class TestHostMemory(HostMemoryConformance):
     impl = kvspec
 
 
