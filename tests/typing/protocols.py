@@ -4,6 +4,7 @@ from kvspec import native, oracle
 from kvspec.interfaces.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.interfaces.host_memory import HostArena
 from kvspec.interfaces.memory_checker import CheckMemory
+from kvspec.interfaces.memory_saver import TorchMemorySaverAdapter
 from kvspec.interfaces.ownership_ledger import OwnershipLedger
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
@@ -41,3 +42,7 @@ check: CheckMemory = oracle.check_memory
 ledgers: list[type[OwnershipLedger]] = [native.OwnershipLedger, oracle.OwnershipLedger]
 segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]
 arenas: list[type[HostArena]] = [native.HostArena, oracle.HostArena]
+savers: list[type[TorchMemorySaverAdapter]] = [
+    native.TorchMemorySaverAdapter,
+    oracle.TorchMemorySaverAdapter,
+]
