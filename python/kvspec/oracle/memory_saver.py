@@ -205,7 +205,7 @@ def copied(arena: HostArena) -> HostArena:
 def snapshot(arena: HostArena) -> mmap.mmap:
     """What it holds, in memory that goes back to the system with the snapshot (SAVER-15)."""
     kept = mmap.mmap(-1, arena.nbytes)
-    kept.write(memoryview(arena.tensor().numpy()))
+    kept.write(arena.tensor().numpy().data)
     return kept
 
 
