@@ -26,6 +26,10 @@ def names(impl: ModuleType) -> dict[str, Any]:
     memory: dict[str, Any] = {"dtype": torch.float16, "device": "cpu", "kvcache": None}
     table: dict[str, Any] = {"device": "cpu", "enable_memory_saver": False}
 
+    def saver() -> type[Any]:
+        """A class of its own, which no other example has."""
+        return type("Saver", (impl.TorchMemorySaverAdapter,), {})
+
     def with_defaults(make: Any, defaults: dict[str, Any], **given: Any) -> Any:
         return make(**{**defaults, **given})
 
@@ -49,6 +53,9 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "arena": impl.HostArena,
         "torch": torch,
         **storage(impl),
+        "process_saver": partial(impl.TorchMemorySaverAdapter.create, True),
+        "create": saver().create,
+        "fresh": lambda: saver().create(True),
         "ledger": partial(impl.OwnershipLedger, page_size=4, row_count=2),
         "channel": channel,
         "readers": readers,

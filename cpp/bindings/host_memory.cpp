@@ -97,7 +97,7 @@ std::function<void()> caller(nb::object function) {
   if (function.is_none()) return {};
   return [held = shared(std::move(function))] {
     const nb::gil_scoped_acquire gil;
-    const nb::error_scope pending;  // an arena may be dropped because of an exception, which goes on
+    const nb::error_scope pending;  // an exception may be why the arena is dropped: it goes on
     try {
       (*held)();
     } catch (nb::python_error& error) {

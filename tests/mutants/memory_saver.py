@@ -41,12 +41,10 @@ class CopiesInsteadOfCaptures(Capture):
         return made.clone() if func.overloadpacket.__name__ == "lift_fresh" else made
 
 
-@registry.mutant("SAVER-3", "SAVER-4")
+@registry.mutant("SAVER-3", "SAVER-4", "SAVER-6")
 class MissesTensorsOfNumbers(TorchMemorySaverAdapter):
     def _mode(self) -> Capture:
-        mode = CopiesInsteadOfCaptures()
-        mode.arenas = HostArena
-        return mode
+        return CopiesInsteadOfCaptures(HostArena)
 
 
 @registry.mutant("SAVER-3")
@@ -67,9 +65,7 @@ class MakesThemContiguous(Capture):
 @registry.mutant("SAVER-4", "SAVER-3")
 class ForgetsStrides(TorchMemorySaverAdapter):
     def _mode(self) -> Capture:
-        mode = MakesThemContiguous()
-        mode.arenas = HostArena
-        return mode
+        return MakesThemContiguous(HostArena)
 
 
 @registry.mutant("SAVER-5", "SAVER-8")
@@ -90,9 +86,8 @@ class CapturesWhateverComes(Capture):
 @registry.mutant("SAVER-6")
 class CapturesArithmetic(TorchMemorySaverAdapter):
     def _mode(self) -> Capture:
-        mode = self.last = CapturesWhateverComes()
-        mode.arenas = HostArena
-        return mode
+        self.last = CapturesWhateverComes(HostArena)
+        return self.last
 
 
 class TakesPinnedForOrdinary(Capture):
@@ -104,12 +99,14 @@ class TakesPinnedForOrdinary(Capture):
 @registry.mutant("SAVER-7")
 class PinsNothingInSilence(TorchMemorySaverAdapter):
     def _mode(self) -> Capture:
-        mode = TakesPinnedForOrdinary()
-        mode.arenas = HostArena
-        return mode
+        return TakesPinnedForOrdinary(HostArena)
 
 
-@registry.mutant("SAVER-8", "SAVER-5", "SAVER-9", "SAVER-10", reports=("TMS-83",))
+@registry.mutant(
+    *("SAVER-8", "SAVER-3", "SAVER-5", "SAVER-9", "SAVER-10", "SAVER-12", "SAVER-15", "SAVER-17"),
+    *("SAVER-18", "SAVER-19", "SAVER-20"),
+    reports=("TMS-83",),
+)
 class GivesNothingBack(TorchMemorySaverAdapter):
     """The books say paused, and the pages are where they were."""
 
@@ -122,7 +119,15 @@ class GivesNothingBack(TorchMemorySaverAdapter):
 
 
 @registry.mutant(
-    "SAVER-9", "SAVER-3", "SAVER-11", "SAVER-12", "SAVER-15", "SAVER-18", "SAVER-19", "SAVER-20"
+    "SAVER-9",
+    "SAVER-3",
+    "SAVER-10",
+    "SAVER-11",
+    "SAVER-12",
+    "SAVER-15",
+    "SAVER-18",
+    "SAVER-19",
+    "SAVER-20",
 )
 class ForgetsTheBackup(TorchMemorySaverAdapter):
     def resume(self, tag: str) -> None:
@@ -131,7 +136,7 @@ class ForgetsTheBackup(TorchMemorySaverAdapter):
         super().resume(tag)
 
 
-@registry.mutant("SAVER-9")
+@registry.mutant("SAVER-9", "SAVER-15", "SAVER-20")
 class KeepsWhatWasWrittenMeanwhile(TorchMemorySaverAdapter):
     def resume(self, tag: str) -> None:
         alive = self._tags[tag].alive() if tag in self._tags else []
@@ -147,7 +152,9 @@ def contents_dropped(allocation: Any) -> bool:
     return not allocation[0].keep
 
 
-@registry.mutant("SAVER-10", "SAVER-11", "SAVER-15", reports=("TMS-90",))
+@registry.mutant(
+    "SAVER-10", "SAVER-11", "SAVER-12", "SAVER-13", "SAVER-15", "SAVER-19", reports=("TMS-90",)
+)
 class KeepsTheBackup(TorchMemorySaverAdapter):
     """Everything is there twice."""
 
@@ -229,15 +236,10 @@ class StopsHalfwayDown(TorchMemorySaverAdapter):
     """What was given back before the failure is lost."""
 
     def pause(self, tag: str) -> None:
-        entry = self._tags.get(tag)
-        for _, arena in entry.alive() if entry and not entry.paused and not entry.regions else ():
-            if "discard" in vars(arena):
-                break
-            before = arena
-            contents = before.tensor().clone()
-            before.discard()
-            if not any("discard" in vars(other) for _, other in entry.alive()):
-                before.tensor().copy_(contents)
+        arenas = [arena for _, arena in self._tags[tag].alive()] if tag in self._tags else []
+        stuck = ["discard" in vars(arena) for arena in arenas]
+        for arena in arenas[: stuck.index(True)] if True in stuck else ():
+            arena.discard()
         super().pause(tag)
 
 

@@ -218,7 +218,7 @@ class ClearKeepsTheSlotsOfRows(ReqToTokenPool):
         self._rows = before
 
 
-@registry.mutant("REQ-10")
+@registry.mutant("REQ-10", "REQ-15")
 class ChecksNothing(ReqToTokenPool):
     def check(self) -> None:
         pass
@@ -246,10 +246,17 @@ class HasNoRowsForReceivedRequests(DecodeReqToTokenPool):
         super().__init__(**given, pre_alloc_size=min(pre_alloc_size, 0))
 
 
-@registry.mutant("REQ-12")
+@registry.mutant("REQ-14", "REQ-15")
 class IgnoresTheMemorySaver(ReqToTokenPool):
     def __init__(self, **given: Any) -> None:
         super().__init__(**(given | {"enable_memory_saver": False}))
+
+
+@registry.mutant("REQ-15")
+class TakesAnEmptyTableForANewOne(ReqToTokenPool):
+    def check(self) -> None:
+        if self.req_to_token.any():
+            super().check()
 
 
 @registry.mutant("REQ-12")

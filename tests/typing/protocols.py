@@ -10,6 +10,7 @@ from kvspec.interfaces.kv_storage import (
     SWAKVPool,
 )
 from kvspec.interfaces.memory_checker import CheckMemory
+from kvspec.interfaces.memory_saver import TorchMemorySaverAdapter
 from kvspec.interfaces.ownership_ledger import OwnershipLedger
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
@@ -58,3 +59,7 @@ hosts: list[type[HostKVCache]] = [
 segments: list[type[SharedSegment]] = [native.SharedSegment, oracle.SharedSegment]
 arenas: list[type[HostArena]] = [native.HostArena, oracle.HostArena]
 channels: list[type[ShmChannel]] = [native.ShmChannel, oracle.ShmChannel]
+savers: list[type[TorchMemorySaverAdapter]] = [
+    native.TorchMemorySaverAdapter,
+    oracle.TorchMemorySaverAdapter,
+]

@@ -351,13 +351,13 @@ class MemorySaverConformance(Conformance):
     def test_a_pause_gives_the_pages_back(self) -> None:
         saver = self.make()
         with saver.region("kv_cache"):
-            tensors = [torch.ones(8 * MIB, dtype=torch.uint8) for _ in range(4)]
+            tensors = [torch.ones(4 * MIB, dtype=torch.uint8) for _ in range(3)]
         places = [where(tensor) for tensor in tensors]
-        assert [resident_bytes(*place) for place in places] == [8 * MIB] * 4
+        assert [resident_bytes(*place) for place in places] == [4 * MIB] * 3
         before = process_bytes()
         saver.pause("kv_cache")
-        assert [resident_bytes(*place) for place in places] == [0] * 4
-        assert before - process_bytes() > 30 * MIB
+        assert [resident_bytes(*place) for place in places] == [0] * 3
+        assert before - process_bytes() > 10 * MIB
         assert [where(tensor) for tensor in tensors] == places
         assert not tensors[2][5 * PAGE]
         assert sum(resident_bytes(*place) for place in places) <= PAGE
@@ -405,17 +405,17 @@ class MemorySaverConformance(Conformance):
     def test_a_backup_is_held_from_pause_to_resume(self) -> None:
         saver = self.make()
         with saver.region("weights", enable_cpu_backup=True):
-            weights = torch.ones(32 * MIB, dtype=torch.uint8)
+            weights = torch.ones(16 * MIB, dtype=torch.uint8)
         before = process_bytes()
         for _ in range(2):
             saver.pause("weights")
-            assert saver.view()["weights"].backup_bytes == 32 * MIB
+            assert saver.view()["weights"].backup_bytes == 16 * MIB
             assert resident_bytes(*where(weights)) == 0
-            assert abs(process_bytes() - before) < 8 * MIB
+            assert abs(process_bytes() - before) < 6 * MIB
             saver.resume("weights")
             assert saver.view()["weights"].backup_bytes == 0
-            assert abs(process_bytes() - before) < 8 * MIB
-        assert weights.sum() == 32 * MIB
+            assert abs(process_bytes() - before) < 6 * MIB
+        assert weights.sum() == 16 * MIB
 
     @clause("SAVER-11")
     @pytest.mark.parametrize("paused", [False, True])
@@ -424,7 +424,7 @@ class MemorySaverConformance(Conformance):
         with budget.active():
             saver = self.make()
             with saver.region("weights", enable_cpu_backup=True):
-                first = torch.ones(8 * MIB, dtype=torch.uint8)
+                first = torch.ones(4 * MIB, dtype=torch.uint8)
                 second = torch.ones(100)
             if paused:
                 saver.pause("weights")
@@ -433,7 +433,7 @@ class MemorySaverConformance(Conformance):
             assert saver.view()["weights"].allocations == 2, "a view has it"
             before = process_bytes()
             del view
-            assert before - process_bytes() > 6 * MIB  # of it, or of its backup
+            assert before - process_bytes() > 3 * MIB  # of it, or of its backup
             left = 400 if paused else 0
             assert saver.view()["weights"] == (paused, 1, 400, 0, left)
             assert [entry[1] for entry in budget.view().reserved] in ([400], [PAGE])
@@ -552,9 +552,9 @@ class MemorySaverConformance(Conformance):
     # -- all or nothing --------------------------------------------------------------------------
 
     def filled(self, saver: Any, keep: bool) -> tuple[list[Any], list[Tensor]]:
-        """Five arenas of a tag and a tensor over each, none of them zeros."""
+        """Four arenas of a tag and a tensor over each, none of them zeros."""
         with saver.region("weights", enable_cpu_backup=keep):
-            arenas = [self.arena(nbytes=(1 + i) * PAGE) for i in range(5)]
+            arenas = [self.arena(nbytes=(1 + i) * PAGE) for i in range(4)]
         tensors = [arena.tensor() for arena in arenas]
         for number, tensor in enumerate(tensors):
             tensor.fill_(number + 1)
@@ -562,7 +562,7 @@ class MemorySaverConformance(Conformance):
 
     @clause("SAVER-15")
     @pytest.mark.parametrize("keep", [False, True])
-    @pytest.mark.parametrize("at", range(5))
+    @pytest.mark.parametrize("at", range(4))
     def test_a_pause_that_fails_changes_nothing(self, at: int, keep: bool) -> None:
         budget = MemoryBudget()
         with budget.active():
@@ -580,7 +580,7 @@ class MemorySaverConformance(Conformance):
 
     @clause("SAVER-15")
     @pytest.mark.parametrize("keep", [False, True])
-    @pytest.mark.parametrize("at", range(5))
+    @pytest.mark.parametrize("at", range(4))
     def test_a_resume_that_fails_changes_nothing(self, at: int, keep: bool) -> None:
         budget = MemoryBudget()
         with budget.active():

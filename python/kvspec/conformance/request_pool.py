@@ -358,7 +358,6 @@ class RequestPoolConformance(Conformance):
             {"size": -1},
             {"max_context_len": 0},
             {"max_context_len": -8},
-            {"enable_memory_saver": True},
         ],
     )
     def test_constructor_refuses(self, given: dict[str, Any]) -> None:
@@ -366,7 +365,7 @@ class RequestPoolConformance(Conformance):
 
     @clause("REQ-12")
     @pytest.mark.parametrize(
-        "given", [{"size": -1}, {"pre_alloc_size": -1}, {"enable_memory_saver": True}]
+        "given", [{"size": -1}, {"pre_alloc_size": -1}, {"max_context_len": 0}]
     )
     def test_constructor_of_a_decode_pool_refuses(self, given: dict[str, Any]) -> None:
         arguments = {"pre_alloc_size": 1} | given
@@ -378,6 +377,45 @@ class RequestPoolConformance(Conformance):
         assert pool.alloc(1) is None
         pool.clear()
         pool.check()
+
+    @clause("REQ-14")
+    @pytest.mark.parametrize("more", [None, 3])
+    def test_the_table_is_in_the_savers_region(self, more: int | None) -> None:
+        saver = self.impl.TorchMemorySaverAdapter.create(True)
+        given = {} if more is None else {"pre_alloc_size": more}
+        name = "ReqToTokenPool" if more is None else "DecodeReqToTokenPool"
+        with saver.region("kv_cache"):
+            pass
+        before = saver.view()["kv_cache"]
+        plain = self.make(name, **given)
+        assert saver.view()["kv_cache"] == before
+        pool = self.make(name, enable_memory_saver=True, **given)
+        after = saver.view()["kv_cache"]
+        assert after.allocations == before.allocations + 1
+        assert after.nbytes == before.nbytes + 4 * 8 * (4 + (more or 0))
+        assert pool.view() == plain.view()
+        del pool
+        assert saver.view()["kv_cache"] == before
+
+    @clause("REQ-15", "REQ-14")
+    def test_what_a_pause_drops_is_given_up_with_clear(self) -> None:
+        saver = self.impl.TorchMemorySaverAdapter.create(True)
+        pool = self.make(enable_memory_saver=True)
+        pool.alloc(2)
+        pool.write((1, slice(0, 3)), [4, 5, 6])
+        before, address = pool.view(), pool.req_to_token.data_ptr()
+        saver.pause("kv_cache")
+        saver.resume("kv_cache")
+        assert pool.view() == before
+        assert pool.req_to_token.data_ptr() == address
+        assert not pool.req_to_token.any()
+        _refused("REQ-8", pool.check)
+        pool.clear()
+        pool.check()
+        pool.alloc(2)
+        pool.write((1, slice(0, 3)), [7, 8, 9])
+        pool.check()
+        assert _table(pool, 1) == [7, 8, 9]
 
     @clause("REQ-13")
     @pytest.mark.parametrize("size", [4, 4_000])

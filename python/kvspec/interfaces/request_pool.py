@@ -22,7 +22,11 @@ class ReqToTokenPoolView(NamedTuple):
 
 
 class ReqToTokenPool(Observable, Protocol):
-    """A memory pool that maps a request to its token locations (REQ-1, REQ-11, REQ-12)."""
+    """A memory pool that maps a request to its token locations (REQ-1, REQ-11, REQ-12).
+
+    With `enable_memory_saver` the table is in `region("kv_cache")`: after a pause and a resume it
+    is zeros, and what was in it has to be given up with `clear()` (REQ-14, REQ-15).
+    """
 
     size: int
     max_context_len: int

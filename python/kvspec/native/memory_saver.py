@@ -115,8 +115,8 @@ class TorchMemorySaverAdapter:
                 if self._package is not None:
                     inside.enter_context(self._package.region(tag=tag, enable_cpu_backup=keep))
                 inside.enter_context(_told(lambda arena: self._capture(tag, keep, arena)))
-                mode = inside.enter_context(_Capture())
-                mode.saved = frozenset({"cuda"} if self._package is not None else ())
+                saved = frozenset({"cuda"} if self._package is not None else ())
+                inside.enter_context(_Capture(saved))
                 yield
         finally:
             with self._lock:
@@ -318,8 +318,10 @@ class _Twin(TorchMemorySaverAdapter):
 class _Capture(TorchDispatchMode):
     """Inside, the results of factories are over arenas (SAVER-3)."""
 
-    saved: frozenset[str] = frozenset()
-    """The devices whose memory is left to the package."""
+    def __init__(self, saved: frozenset[str]) -> None:
+        """`saved` are the devices whose memory is left to the package."""
+        TorchDispatchMode.__init__(self)
+        self._saved = saved
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -333,7 +335,7 @@ class _Capture(TorchDispatchMode):
         if name not in FACTORIES or "out" in given:
             return func(*args, **given)
         device = _device(args, given).type
-        if device == "meta" or device in self.saved:
+        if device == "meta" or device in self._saved:
             return func(*args, **given)
         _require(name, device, given)
         dense = not any(isinstance(each, Tensor) and each.is_quantized for each in args)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from kvspec._core import RequestRows
-from kvspec.errors import ContractError
+from kvspec.interfaces.memory_saver import GPU_MEMORY_TYPE_KV_CACHE
 from kvspec.interfaces.request_pool import ReqToTokenPoolView
+from kvspec.native.memory_saver import TorchMemorySaverAdapter
 
 __all__ = ["DecodeReqToTokenPool", "ReqToTokenPool"]
 
@@ -16,8 +17,9 @@ _PACKED_BYTES = 12  # a position in the flat table, int64, and its slot, int32
 class ReqToTokenPool(RequestRows):
     """A memory pool that maps a request to its token locations (REQ-1).
 
-    The books are in the core. In host memory the table is written with them; on a device it lags
-    until `commit`.
+    The books are in the core; the table may be in a region of the memory saver, which drops it and
+    not the books (REQ-14, REQ-15). In host memory the table is written with them; on a
+    device it lags until `commit`.
     """
 
     def __init__(
@@ -29,14 +31,11 @@ class ReqToTokenPool(RequestRows):
         self, size: int, more: int, max_context_len: int, device: str, enable_memory_saver: bool
     ) -> None:
         super().__init__(size, more, max_context_len)
-        if enable_memory_saver:
-            raise ContractError(
-                "REQ-12: enable_memory_saver=True needs the room memory_saver,"
-                " which does not exist yet"
-            )
         self.size, self.max_context_len, self.device = size, max_context_len, str(device)
         rows = size + more
-        self._table = torch.zeros((rows, max_context_len), dtype=torch.int32, device=device)
+        saver = TorchMemorySaverAdapter.create(enable_memory_saver)
+        with saver.region(GPU_MEMORY_TYPE_KV_CACHE):
+            self._table = torch.zeros((rows, max_context_len), dtype=torch.int32, device=device)
         if self._table.device.type == "cpu":
             self.mirror(self._table)
 

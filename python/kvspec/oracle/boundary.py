@@ -78,8 +78,10 @@ def unsigned(numbers: Sequence[int]) -> Tensor:
 class Capture(TorchDispatchMode):
     """Inside, what factories of torch return on the CPU is copied into arenas (SAVER-3)."""
 
-    arenas: Any
-    """The class of the arenas."""
+    def __init__(self, arenas: Any) -> None:
+        """`arenas` is their class."""
+        TorchDispatchMode.__init__(self)
+        self.arenas = arenas
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

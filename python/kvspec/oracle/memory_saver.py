@@ -84,9 +84,7 @@ class TorchMemorySaverAdapter:
             entry.regions -= 1
 
     def _mode(self) -> Capture:
-        mode = Capture()
-        mode.arenas = HostArena
-        return mode
+        return Capture(HostArena)
 
     def _capture(self, entry: Tag, keep: bool, arena: HostArena) -> None:
         if arena.kind not in ("mmap", "shm"):
@@ -207,7 +205,7 @@ def copied(arena: HostArena) -> HostArena:
 def snapshot(arena: HostArena) -> mmap.mmap:
     """What it holds, in memory that goes back to the system with the snapshot (SAVER-15)."""
     kept = mmap.mmap(-1, arena.nbytes)
-    kept.write(arena.tensor().numpy())
+    kept.write(arena.tensor().numpy().data)
     return kept
 
 

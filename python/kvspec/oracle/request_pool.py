@@ -10,8 +10,10 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from kvspec.errors import ContractError
+from kvspec.interfaces.memory_saver import GPU_MEMORY_TYPE_KV_CACHE
 from kvspec.interfaces.request_pool import Indices, ReqToTokenPoolView
 from kvspec.oracle.boundary import numbers, tensor
+from kvspec.oracle.memory_saver import TorchMemorySaverAdapter
 from kvspec.oracle.observer import Reporter
 
 if TYPE_CHECKING:
@@ -41,15 +43,12 @@ class ReqToTokenPool(Reporter):
             raise ContractError(f"REQ-12: pre_alloc_size {more} is not in [0, {LIMIT - size})")
         if not 1 <= max_context_len < LIMIT:
             raise ContractError(f"REQ-12: max_context_len {max_context_len} is not in [1, 2^31)")
-        if enable_memory_saver:
-            raise ContractError(
-                "REQ-12: enable_memory_saver=True needs the room memory_saver,"
-                " which does not exist yet"
-            )
         self.size, self.max_context_len, self.device = size, max_context_len, str(device)
-        self.req_to_token = (
-            tensor([]).int().new_zeros((size + more, max_context_len), device=device)
-        )
+        saver = TorchMemorySaverAdapter.create(enable_memory_saver)
+        with saver.region(GPU_MEMORY_TYPE_KV_CACHE):  # REQ-14
+            self.req_to_token = (
+                tensor([]).int().new_zeros((size + more, max_context_len), device=device)
+            )
         self._free = list(range(size + more))
         self._rows: dict[int, list[int]] = {}
         self._unsent: set[tuple[int, int]] = set()
