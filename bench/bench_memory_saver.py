@@ -19,6 +19,11 @@ PARTS = 64
 ROUNDS = 7
 
 
+def size(benchmark: Any, nbytes: int) -> int:
+    """Of what is measured; where nothing is, for the test that it runs, a sixteenth."""
+    return nbytes if benchmark.enabled else nbytes // 16
+
+
 def saver() -> Any:
     """Of a class of its own."""
     return type("Fresh", (kvspec.TorchMemorySaverAdapter,), {}).create(True)
@@ -30,7 +35,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def tables(owner: Any, keep: bool, nbytes: int = NBYTES) -> list[Tensor]:
+def tables(owner: Any, keep: bool, nbytes: int) -> list[Tensor]:
     """As many as a model has layers, all of them touched."""
     with owner.region("kv_cache", enable_cpu_backup=keep):
         made = [torch.empty(nbytes // PARTS, dtype=torch.uint8) for _ in range(PARTS)]
@@ -54,30 +59,30 @@ def bench_pause_and_resume(benchmark: Any) -> None:
 
     Every byte is given back once, and nothing is touched: the next writes bring the pages.
     """
-    owner = saver()
-    made, ratios, times = tables(owner, keep=False), [], []
+    owner, nbytes = saver(), size(benchmark, NBYTES)
+    made, ratios, times = tables(owner, False, nbytes), [], []
     for _ in range(ROUNDS):
-        arenas = [kvspec.HostArena("mmap", NBYTES // PARTS, populate=True) for _ in range(PARTS)]
+        arenas = [kvspec.HostArena("mmap", nbytes // PARTS, populate=True) for _ in range(PARTS)]
 
         def again(arenas: list[Any] = arenas) -> None:
             for number in range(PARTS):
                 arenas[number].close()
-                arenas[number] = kvspec.HostArena("mmap", NBYTES // PARTS)
+                arenas[number] = kvspec.HostArena("mmap", nbytes // PARTS)
 
         theirs = seconds(again)
         for table in made:
             table.fill_(1)
         before = owner.counters()["given_back"]
         ours = seconds(lambda: pause_and_resume(owner))
-        assert owner.counters()["given_back"] - before == NBYTES
+        assert owner.counters()["given_back"] - before == nbytes
         assert owner.counters()["put_back"] == 0
         assert not any(bool(table[0]) for table in made)
         times.append(ours)
         ratios.append(ours / theirs)
-    benchmark.extra_info["GB/s"] = round(NBYTES / statistics.median(times) / 1e9, 1)
+    benchmark.extra_info["GB/s"] = round(nbytes / statistics.median(times) / 1e9, 1)
     benchmark.extra_info["ours / munmap and mmap"] = round(statistics.median(ratios), 2)
     benchmark.pedantic(lambda: pause_and_resume(owner), rounds=1)
-    assert statistics.median(ratios) < 1.5
+    assert not benchmark.enabled or statistics.median(ratios) < 1.5
 
 
 def bench_pause_and_resume_with_a_backup(benchmark: Any) -> None:
@@ -85,9 +90,8 @@ def bench_pause_and_resume_with_a_backup(benchmark: Any) -> None:
 
     Most of both is the kernel, which gives the pages.
     """
-    nbytes = NBYTES // 4
-    owner = saver()
-    made, ratios, times = tables(owner, keep=True, nbytes=nbytes), [], []
+    owner, nbytes = saver(), size(benchmark, NBYTES // 4)
+    made, ratios, times = tables(owner, True, nbytes), [], []
     for _ in range(ROUNDS):
         theirs = seconds(lambda: [copied(copied(table)) for table in made])
         before = owner.counters()
@@ -100,7 +104,7 @@ def bench_pause_and_resume_with_a_backup(benchmark: Any) -> None:
     benchmark.extra_info["GB/s"] = round(nbytes / statistics.median(times) / 1e9, 2)
     benchmark.extra_info["ours / two copies"] = round(statistics.median(ratios), 2)
     benchmark.pedantic(lambda: pause_and_resume(owner), rounds=1)
-    assert statistics.median(ratios) < 2
+    assert not benchmark.enabled or statistics.median(ratios) < 2
 
 
 @pytest.mark.parametrize("nbytes", [4_096, 64 << 20])
@@ -126,4 +130,4 @@ def bench_zeros(benchmark: Any, nbytes: int) -> None:
     benchmark.extra_info["inside / outside"] = round(statistics.median(ratios), 2)
     with owner.region("kv_cache"):
         benchmark.pedantic(touched, rounds=1)
-    assert nbytes == 4_096 or statistics.median(ratios) < 2
+    assert nbytes == 4_096 or not benchmark.enabled or statistics.median(ratios) < 2

@@ -53,7 +53,7 @@ def test_without_the_package_a_device_is_refused(impl: Any) -> None:
     made = fresh(impl)
     with made.region("kv_cache"):
         here = torch.ones(4)
-        with pytest.raises(ContractError, match="SAVER-7: zeros on cuda.* torch_memory_saver"):
+        with pytest.raises(ContractError, match=r"SAVER-7: zeros on cuda.* torch_memory_saver"):
             torch.zeros(4, device="cuda")
         with pytest.raises(ContractError, match="SAVER-7"):
             here.to("cuda")
