@@ -63,7 +63,8 @@ void require_alignment(ArenaKind kind, std::int64_t alignment) {
   const auto most = static_cast<std::int64_t>(most_alignment(kind));
   if (alignment < 1 || alignment > most || !std::has_single_bit(std::uint64_t(alignment))) {
     refuse("HOST-3", "alignment " + std::to_string(alignment) +
-                         " is not a power of two of at most " + std::to_string(most) + ", the most that " + name_of(kind) + " gives");
+                         " is not a power of two of at most " + std::to_string(most) +
+                         ", the most that " + name_of(kind) + " gives");
   }
 }
 

@@ -24,9 +24,9 @@ inline std::size_t round_up(std::size_t nbytes, std::size_t unit) {
   return (nbytes + unit - 1) / unit * unit;
 }
 
-// Private zeros that no child of a fork sees (HOST-10), at a multiple of `alignment`; what was
-// mapped beyond them to find one is unmapped again (HOST-2).  HostMemoryError HOST-4, or HOST-8 if
-// they are to be explicit huge pages.
+// Private zeros (HOST-5), untouched (HOST-6), that no child of a fork sees (HOST-10), at a multiple
+// of `alignment`; what was mapped beyond them to find one is unmapped again (HOST-2).
+// HostMemoryError HOST-4, or HOST-8 if they are to be explicit huge pages.
 std::byte* map_zeros(const std::string& kind, std::size_t nbytes, std::size_t alignment,
                      bool explicit_huge);
 void unmap(std::byte* address, std::size_t nbytes) noexcept;

@@ -1,13 +1,15 @@
 // Arenas of host memory in C++: shares, memory that runs out, and every order of destruction.
-#include "kvspec/host_memory.hpp"
-
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "check.hpp"
 #include "kvspec/contract.hpp"
+#include "kvspec/host_memory.hpp"
 #include "kvspec/host_pages.hpp"
 
 namespace {

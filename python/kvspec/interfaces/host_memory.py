@@ -66,6 +66,8 @@ class HostArena(Protocol):
     ) -> None:
         """Reserve in the budget, then map (HOST-28, HOST-2), populate (HOST-7), bind (HOST-11).
 
+        What the kernel maps is zeros (HOST-5), and of mmap nothing is touched unasked (HOST-6).
+        Huge pages are asked for with `transparent` (HOST-9) and had with `explicit` (HOST-8).
         `label` is the reservation's, and stands in the name of a new segment; `attach` is the name
         of a segment that somebody holds, for shm alone (HOST-24). `alignment` in bytes, a power of
         two up to 64 for torch, a page for shm, 2 MiB for the others. ContractError for what no
