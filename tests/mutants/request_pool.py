@@ -210,7 +210,7 @@ class ClearsInTheOrderOfFrees(ReqToTokenPool):
         self._free = order
 
 
-@registry.mutant("REQ-9", "REQ-13", "OBS-1")
+@registry.mutant("REQ-9", "REQ-13", "REQ-15", "OBS-1")
 class ClearKeepsTheSlotsOfRows(ReqToTokenPool):
     def clear(self) -> None:
         before = {row: slots for row, slots in self._rows.items() if slots}
@@ -240,7 +240,7 @@ class CountsReceivedRequestsAsRunning(DecodeReqToTokenPool):
         self.size += given["pre_alloc_size"]
 
 
-@registry.mutant("REQ-11", reports=("INV-017",))
+@registry.mutant("REQ-11", "REQ-14", reports=("INV-017",))
 class HasNoRowsForReceivedRequests(DecodeReqToTokenPool):
     def __init__(self, *, pre_alloc_size: int, **given: Any) -> None:
         super().__init__(**given, pre_alloc_size=min(pre_alloc_size, 0))
@@ -255,7 +255,7 @@ class IgnoresTheMemorySaver(ReqToTokenPool):
 @registry.mutant("REQ-15")
 class TakesAnEmptyTableForANewOne(ReqToTokenPool):
     def check(self) -> None:
-        if self.req_to_token.any():
+        if self.req_to_token.is_meta or self.req_to_token.any():
             super().check()
 
 

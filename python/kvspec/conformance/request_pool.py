@@ -401,8 +401,8 @@ class RequestPoolConformance(Conformance):
     def test_what_a_pause_drops_is_given_up_with_clear(self) -> None:
         saver = self.impl.TorchMemorySaverAdapter.create(True)
         pool = self.make(enable_memory_saver=True)
-        pool.alloc(2)
-        pool.write((1, slice(0, 3)), [4, 5, 6])
+        row = pool.alloc(2)[1]
+        pool.write((row, slice(0, 3)), [4, 5, 6])
         before, address = pool.view(), pool.req_to_token.data_ptr()
         saver.pause("kv_cache")
         saver.resume("kv_cache")
@@ -412,10 +412,10 @@ class RequestPoolConformance(Conformance):
         _refused("REQ-8", pool.check)
         pool.clear()
         pool.check()
-        pool.alloc(2)
-        pool.write((1, slice(0, 3)), [7, 8, 9])
+        row = pool.alloc(2)[1]
+        pool.write((row, slice(0, 3)), [7, 8, 9])
         pool.check()
-        assert _table(pool, 1) == [7, 8, 9]
+        assert _table(pool, row) == [7, 8, 9]
 
     @clause("REQ-13")
     @pytest.mark.parametrize("size", [4, 4_000])
