@@ -5,10 +5,10 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <fcntl.h>
-#include <fstream>
 #include <sched.h>
-#include <sstream>
+#include <string_view>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -75,19 +75,44 @@ int populate_part(std::byte* begin, std::byte* end) {
   return 0;
 }
 
+// What a small file of the kernel says; nothing if it cannot be opened.
+std::optional<std::string> read_text(const std::string& path) {
+  const File file(path.c_str());
+  if (file.fd() < 0) return std::nullopt;
+  std::string text;
+  std::array<char, 4096> part;
+  for (ssize_t count = 0; (count = ::read(file.fd(), part.data(), part.size())) > 0;) {
+    text.append(part.data(), static_cast<std::size_t>(count));
+  }
+  return text;
+}
+
+// The number that a text begins with, which is taken from it.  Streams would ask for facets of the
+// C++ library, of which a process that others share with us may have two.
+template <class Number>
+std::optional<Number> take_number(std::string_view& text) {
+  Number value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{}) return std::nullopt;
+  text.remove_prefix(static_cast<std::size_t>(end - text.data()));
+  return value;
+}
+
+// The nodes of a list as the kernel writes it, "0-1,3".
 std::optional<std::vector<int>> read_list(const std::string& path) {
-  std::ifstream file(path);
-  std::string part;
-  if (!file) return std::nullopt;
+  const std::optional<std::string> text = read_text(path);
+  if (!text) return std::nullopt;
   std::vector<int> all;
-  while (std::getline(file, part, ',')) {
-    int first = 0;
-    int last = 0;
-    char dash = 0;
-    std::istringstream text(part);
-    if (!(text >> first)) continue;
-    last = text >> dash >> last ? last : first;
-    for (int node = first; node <= last; ++node) all.push_back(node);
+  std::string_view rest = *text;
+  while (const std::optional<int> first = take_number<int>(rest)) {
+    int last = *first;
+    if (rest.starts_with('-')) {
+      rest.remove_prefix(1);
+      last = take_number<int>(rest).value_or(last);
+    }
+    for (int node = *first; node <= last; ++node) all.push_back(node);
+    if (!rest.starts_with(',')) break;
+    rest.remove_prefix(1);
   }
   return all;
 }
@@ -164,16 +189,13 @@ std::size_t page_bytes() {
 }
 
 std::size_t proc_number(const char* file, const std::string& field) {
-  std::ifstream lines(file);
-  for (std::string line; std::getline(lines, line);) {
-    if (!line.starts_with(field + ":")) continue;
-    std::istringstream text(line.substr(field.size() + 1));
-    std::size_t value = 0;
-    std::string unit;
-    text >> value >> unit;
-    return unit == "kB" ? value * 1024 : value;
-  }
-  return 0;
+  const std::string text = "\n" + read_text(file).value_or("");
+  const std::size_t at = text.find("\n" + field + ":");
+  if (at == std::string::npos) return 0;
+  std::string_view rest = std::string_view(text).substr(at + field.size() + 2);
+  rest.remove_prefix(std::min(rest.find_first_not_of(" \t"), rest.size()));
+  const std::size_t value = take_number<std::size_t>(rest).value_or(0);
+  return rest.starts_with(" kB") ? value * 1024 : value;
 }
 
 std::size_t huge_page_bytes() {
