@@ -260,6 +260,18 @@ def _frames(ring: int, frame_at: int, header: int, record: int) -> set[int]:
     return found
 
 
+def _forget(marks: Marks, ring: tuple[int, int, int, int]) -> None:
+    """Of the first use nothing is told: a device's alone would fill the ring."""
+    marks.entries.clear()
+    if not marks.attached:
+        return
+    memory, _, header, record = ring
+    magic, capacity, asked, record_bytes = _HEADER.unpack(os.pread(memory, header, 0))
+    for slot in range(min(asked, capacity)):  # one by one: what is large would be mapped
+        os.pwrite(memory, bytes(record), header + slot * record)
+    os.pwrite(memory, _HEADER.pack(magic, capacity, 0, record_bytes), 0)
+
+
 def _say(**line: Any) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
@@ -277,6 +289,7 @@ def observe(request: dict[str, Any]) -> dict[str, Any]:
     *_, close = open_arena(_PAGE)
     close()
     marks.end()
+    _forget(marks, request["ring"])
     gc.collect()
     gc.disable()
     states = {"before": state(libc, None, 0)}

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -223,6 +224,7 @@ def _seen(entry: _Tag) -> TaggedRegion:
     return TaggedRegion(entry.paused, len(alive), nbytes, entry.regions, backups)
 
 
+@cache
 def _package() -> Any:
     """What saves the memory of CUDA devices, None without CUDA or without it (SAVER-21).
 
@@ -232,7 +234,7 @@ def _package() -> Any:
         return None
     saver = import_module(_PACKAGE).torch_memory_saver
     if _PACKAGE not in os.environ.get("LD_PRELOAD", ""):
-        with suppress(AssertionError):  # somebody uses it already, as they chose
+        with suppress(AssertionError, AttributeError):  # somebody uses it already, as they chose
             saver.hook_mode = "torch"
     return saver
 

@@ -140,7 +140,9 @@ class AllocationChainConformance(ClaimsConformance):
             assert mapping.kind == where
             assert mapping.start <= found.address
             assert found.address + nbytes <= mapping.end
-            assert str(found.states[name].line).startswith(f"{mapping.start:x}-{mapping.end:x} ")
+            assert str(found.states[name].line).startswith(
+                f"{mapping.start:08x}-{mapping.end:08x} "
+            )
             assert mapping.size == mapping.end - mapping.start
         if kind == "shm":
             assert found.name is not None
