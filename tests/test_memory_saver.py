@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -156,12 +156,22 @@ def native_saver() -> Any:
     return type("Fresh", (kvspec.TorchMemorySaverAdapter,), {}).create(True)
 
 
+def ask_the_device() -> None:
+    """A factory on the device, which there is or is not."""
+    with suppress(AssertionError, RuntimeError):
+        torch.ones(4, device="cuda")
+
+
 @clause("SAVER-21")
 def test_the_package_is_told_what_the_saver_is_told(package: Package) -> None:
     saver = native_saver()
     assert package.hook_mode == "torch"
-    with saver.region("weights", enable_cpu_backup=True):
+    with saver.region("kv_cache"), saver.region("weights", enable_cpu_backup=True):
         here = torch.ones(4)
+        assert package.calls == []
+        ask_the_device()
+    saver.pause("kv_cache")
+    saver.resume("kv_cache")
     saver.pause("weights")
     with pytest.raises(ValueError, match="SAVER-12"):
         saver.pause("weights")
@@ -182,6 +192,7 @@ def test_a_package_that_fails_leaves_the_host_as_it_was(package: Package) -> Non
     saver = native_saver()
     with saver.region("weights", enable_cpu_backup=True):
         here = torch.ones(4)
+        ask_the_device()
     before = dict(saver.view())
     package.fails = True
     with pytest.raises(RuntimeError, match="the device"):

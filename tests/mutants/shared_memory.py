@@ -262,7 +262,7 @@ class ReapsWhenAsked(_StartsWithoutReaping):
     pass
 
 
-@registry.mutant("SHM-15", reports=("SG-40723",))
+@registry.mutant("SHM-15", "SHM-5", reports=("SG-40723",))
 class ReapsOnceItHasItsMemory(_StartsWithoutReaping):
     @classmethod
     def create(cls, label: str, nbytes: int, populate: bool = False) -> Self:

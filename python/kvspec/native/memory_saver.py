@@ -10,11 +10,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from kvspec.native.host_memory import HostArena
 __all__ = ["TorchMemorySaverAdapter"]
 
 _PACKAGE = "torch_memory_saver"
+_OnDevice: TypeAlias = Callable[[Callable[[], Any]], Any]
 _FRESH = frozenset(
     (
         *("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"),
@@ -51,6 +51,7 @@ class _Allocation:
 class _Tag:
     paused: bool = False
     regions: int = 0
+    on_devices: bool = False  # whether the package was asked to have memory of it
     captured: dict[int, _Allocation] = field(default_factory=dict)
 
     def alive(self) -> list[tuple[_Allocation, HostArena]]:
@@ -113,15 +114,23 @@ class TorchMemorySaverAdapter:
             self._tags[tag].regions += 1
         try:
             with ExitStack() as inside:
-                if self._package is not None:
-                    inside.enter_context(self._package.region(tag=tag, enable_cpu_backup=keep))
                 inside.enter_context(_told(lambda arena: self._capture(tag, keep, arena)))
-                saved = frozenset({"cuda"} if self._package is not None else ())
-                inside.enter_context(_Capture(saved))
+                on_device = None if self._package is None else self._on_device(tag, keep)
+                inside.enter_context(_Capture(on_device))
                 yield
         finally:
             with self._lock:
                 self._tags[tag].regions -= 1
+
+    def _on_device(self, tag: str, keep: bool) -> _OnDevice:
+        """What makes a device's tensor in a region of the package, which has one at a time."""
+
+        def make(factory: Callable[[], Any]) -> Any:
+            with self._lock, self._package.region(tag=tag, enable_cpu_backup=keep):
+                self._tags[tag].on_devices = True
+                return factory()
+
+        return make
 
     def _capture(self, tag: str, keep: bool, arena: HostArena) -> None:
         if arena.kind not in ("mmap", "shm"):
@@ -148,7 +157,7 @@ class TorchMemorySaverAdapter:
             alive = entry.alive()
             backups = [_copied(arena) if each.keep else None for each, arena in alive]
             _try([arena for _, arena in alive])
-            if self._package is not None:
+            if entry.on_devices:
                 self._package.pause(tag)
             for (each, arena), backup in zip(alive, backups, strict=True):
                 arena.discard()
@@ -169,7 +178,7 @@ class TorchMemorySaverAdapter:
             try:
                 for each, arena in alive:
                     _restore(arena, each.backup)
-                if self._package is not None:
+                if entry.on_devices:
                     self._package.resume(tag)
             except BaseException:
                 _undo([arena for _, arena in alive], reservations)
@@ -224,7 +233,6 @@ def _seen(entry: _Tag) -> TaggedRegion:
     return TaggedRegion(entry.paused, len(alive), nbytes, entry.regions, backups)
 
 
-@cache
 def _package() -> Any:
     """What saves the memory of CUDA devices, None without CUDA or without it (SAVER-21).
 
@@ -320,10 +328,10 @@ class _Twin(TorchMemorySaverAdapter):
 class _Capture(TorchDispatchMode):
     """Inside, the results of factories are over arenas (SAVER-3)."""
 
-    def __init__(self, saved: frozenset[str]) -> None:
-        """`saved` are the devices whose memory is left to the package."""
+    def __init__(self, on_device: _OnDevice | None) -> None:
+        """`on_device` is what makes a CUDA device's tensor; None where no package would save it."""
         TorchDispatchMode.__init__(self)
-        self._saved = saved
+        self._on_device = on_device
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -337,8 +345,10 @@ class _Capture(TorchDispatchMode):
         if name not in FACTORIES or "out" in given:
             return func(*args, **given)
         device = _device(args, given).type
-        if device == "meta" or device in self._saved:
+        if device == "meta":
             return func(*args, **given)
+        if device == "cuda" and self._on_device is not None:
+            return self._on_device(lambda: func(*args, **given))
         _require(name, device, given)
         dense = not any(isinstance(each, Tensor) and each.is_quantized for each in args)
         fresh = name in _FRESH and dense
