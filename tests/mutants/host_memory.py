@@ -171,15 +171,12 @@ class MovesAnOffsetToWhereItFits(HostArena):
         return super().tensor(dtype, shape, offset // item * item)
 
 
-@registry.mutant("HOST-15")
+@registry.mutant("HOST-15", "HOST-28")
 class GivesTheBudgetBackWhileATensorLives(HostArena):
-    def _map(self, reservation: Reservation | None) -> None:
-        self._reservation = reservation
-        super()._map(reservation)
-
-    def __del__(self) -> None:
-        if getattr(self, "_reservation", None) is not None:
-            self._reservation.release()
+    def tensor(self, *given: Any, **named: Any) -> Any:
+        made = super().tensor(*given, **named)
+        self.promise(None)
+        return made
 
 
 @registry.mutant("HOST-16", *BYTES)

@@ -26,6 +26,7 @@ __all__ = ["MemorySaverConformance"]
 
 PAGE = resource.getpagesize()
 MIB = 1 << 20
+BLOCK = 16 << 10
 SEEN = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 SEEN_TOO = torch.ones(6)
 
@@ -87,7 +88,7 @@ OTHERS: dict[str, Callable[[], object]] = {
     "a storage": lambda: torch.UntypedStorage(16),
     "no bytes": lambda: torch.zeros(0, 4),
     "meta": lambda: torch.zeros(4, device="meta"),
-    "like meta": lambda: torch.zeros_like(torch.empty(4, device="meta")),
+    "like meta": lambda: torch.empty_like(torch.empty(4, device="meta")),
     "out": lambda: torch.ones(6, out=SEEN_TOO),
 }
 """What makes no memory of a size that was asked for, on the CPU."""
@@ -292,15 +293,17 @@ class MemorySaverConformance(Conformance):
         with saver.region("kv_cache"):
             arena = self.arena(kind)
         tensor = arena.tensor()
-        tensor.fill_(3)
-        assert saver.view()["kv_cache"] == (False, 1, 3 * PAGE, 0, 0)
-        saver.pause("kv_cache")
-        assert arena.resident_bytes() == 0
-        assert not tensor.any()
-        saver.resume("kv_cache")
-        del arena
-        assert saver.view()["kv_cache"].allocations == 1, "its tensor has the memory"
-        del tensor
+        try:
+            tensor.fill_(3)
+            assert saver.view()["kv_cache"] == (False, 1, 3 * PAGE, 0, 0)
+            saver.pause("kv_cache")
+            assert arena.resident_bytes() == 0
+            assert not tensor.any()
+            saver.resume("kv_cache")
+            arena = None
+            assert saver.view()["kv_cache"].allocations == 1, "its tensor has the memory"
+        finally:  # when it fails too, the segment goes
+            arena = tensor = None
         assert saver.view()["kv_cache"].allocations == 0
 
     @clause("SAVER-6")
@@ -405,17 +408,17 @@ class MemorySaverConformance(Conformance):
     def test_a_backup_is_held_from_pause_to_resume(self) -> None:
         saver = self.make()
         with saver.region("weights", enable_cpu_backup=True):
-            weights = torch.ones(16 * MIB, dtype=torch.uint8)
+            weights = torch.ones(8 * MIB, dtype=torch.uint8)
         before = process_bytes()
         for _ in range(2):
             saver.pause("weights")
-            assert saver.view()["weights"].backup_bytes == 16 * MIB
+            assert saver.view()["weights"].backup_bytes == 8 * MIB
             assert resident_bytes(*where(weights)) == 0
-            assert abs(process_bytes() - before) < 6 * MIB
+            assert abs(process_bytes() - before) < 3 * MIB
             saver.resume("weights")
             assert saver.view()["weights"].backup_bytes == 0
-            assert abs(process_bytes() - before) < 6 * MIB
-        assert weights.sum() == 16 * MIB
+            assert abs(process_bytes() - before) < 3 * MIB
+        assert weights.sum() == 8 * MIB
 
     @clause("SAVER-11")
     @pytest.mark.parametrize("paused", [False, True])
@@ -599,37 +602,37 @@ class MemorySaverConformance(Conformance):
 
     @clause("SAVER-15")
     def test_a_pause_without_room_for_the_backups_changes_nothing(self) -> None:
-        with MemoryBudget(limit_bytes=3 * MIB).active():
+        with MemoryBudget(limit_bytes=3 * BLOCK).active():
             saver = self.make()
             with saver.region("weights", enable_cpu_backup=True):
-                tensors = [torch.ones(MIB, dtype=torch.uint8) for _ in range(2)]
+                tensors = [torch.ones(BLOCK, dtype=torch.uint8) for _ in range(2)]
             before, was = dict(saver.view()), [raw(tensor) for tensor in tensors]
             with pytest.raises(HostMemoryError):
                 saver.pause("weights")
             self.same(saver, before, tensors, was)
             tensors.pop()
             saver.pause("weights")
-            assert saver.view()["weights"] == (True, 1, MIB, 0, MIB)
+            assert saver.view()["weights"] == (True, 1, BLOCK, 0, BLOCK)
 
     @clause("SAVER-16", "SAVER-15")
     def test_a_resume_has_all_of_it_or_nothing(self) -> None:
-        budget = MemoryBudget(limit_bytes=3 * MIB)
+        budget = MemoryBudget(limit_bytes=3 * BLOCK)
         with budget.active():
             saver = self.make()
             with saver.region("kv_cache"):
-                tensors = [torch.ones(MIB, dtype=torch.uint8) for _ in range(3)]
+                tensors = [torch.ones(BLOCK, dtype=torch.uint8) for _ in range(3)]
             saver.pause("kv_cache")
             assert budget.view().reserved == (), "what is given back is promised to nobody"
             tensors[0][3] = 5
             before = dict(saver.view())
-            with budget.reserve("mmap", MIB):
+            with budget.reserve("mmap", BLOCK):
                 with pytest.raises(HostMemoryError):
                     saver.resume("kv_cache")
                 assert dict(saver.view()) == before
                 assert tensors[0][3] == 5, "nothing was changed"
                 assert len(budget.view().reserved) == 1
             saver.resume("kv_cache")
-            assert sum(entry[1] for entry in budget.view().reserved) == 3 * MIB
+            assert sum(entry[1] for entry in budget.view().reserved) == 3 * BLOCK
             del tensors
             assert budget.view().reserved == ()
 
