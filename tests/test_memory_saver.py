@@ -157,9 +157,9 @@ def native_saver() -> Any:
 
 
 def ask_the_device() -> None:
-    """A factory on the device, which there is or is not."""
-    with suppress(AssertionError, RuntimeError):
-        torch.ones(4, device="cuda")
+    """A factory on the device, which there is or is not: the mode sees it before that shows."""
+    with suppress(RuntimeError):
+        torch.ops.aten.ones.default([4], device="cuda")
 
 
 @clause("SAVER-21")

@@ -27,6 +27,7 @@ from kvspec.native.host_memory import HostArena
 __all__ = ["TorchMemorySaverAdapter"]
 
 _PACKAGE = "torch_memory_saver"
+_asked = threading.local()  # inside: whether this thread is in a region of the package
 _OnDevice: TypeAlias = Callable[[Callable[[], Any]], Any]
 _FRESH = frozenset(
     (
@@ -126,9 +127,14 @@ class TorchMemorySaverAdapter:
         """What makes a device's tensor in a region of the package, which has one at a time."""
 
         def make(factory: Callable[[], Any]) -> Any:
-            with self._lock, self._package.region(tag=tag, enable_cpu_backup=keep):
-                self._tags[tag].on_devices = True
+            if getattr(_asked, "inside", False):  # by a region inside this one
                 return factory()
+            with self._lock, self._package.region(tag=tag, enable_cpu_backup=keep):
+                self._tags[tag].on_devices = _asked.inside = True
+                try:
+                    return factory()
+                finally:
+                    _asked.inside = False
 
         return make
 

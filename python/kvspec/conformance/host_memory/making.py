@@ -24,7 +24,8 @@ KINDS = ("torch", "heap", "mmap", "shm", "pinned")
 MAPPED = ("mmap", "shm", "pinned")
 MIB = 1 << 20
 HUGE = 2 * MIB
-BIG = 40 * MIB  # malloc maps and unmaps blocks of more than 32 MiB, and never keeps them
+BIG = 80 * MIB
+"""Malloc maps it and unmaps it: its threshold is 32 MiB at most, and its heap keeps 64 at most."""
 
 _DEFAULTS: dict[str, Any] = {
     "kind": "mmap",

@@ -356,8 +356,7 @@ class Returning(HostMemorySuite):
         assert part.tolist() == [0, 1, 2, 3, 4]
         assert len(self.kept().reserved) == len(kept.reserved) + 1
         del part
-        if kind not in ("torch", "heap"):  # where it goes back is malloc's business
-            assert not is_mapped(address)
+        assert not is_mapped(address)
         assert self.kept() == kept
 
     @clause("HOST-16")
