@@ -126,8 +126,10 @@ class Package:
     @contextmanager
     def region(self, tag: str, enable_cpu_backup: bool) -> Iterator[None]:
         self.calls.append(("enter", tag, enable_cpu_backup))
-        yield
-        self.calls.append(("leave", tag))
+        try:
+            yield
+        finally:
+            self.calls.append(("leave", tag))
 
     def pause(self, tag: str) -> None:
         self.calls.append(("pause", tag))

@@ -1,6 +1,7 @@
 """Arenas for the suite, and what it asks of all kinds. Spec: HOST."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -148,3 +149,10 @@ class HostMemorySuite(Conformance):
         mine = f".{os.getpid()}."  # others may come and go
         segments = frozenset(name for name in os.listdir("/dev/shm") if mine in name)
         return Kept(reserved, locked_bytes(), segments)
+
+    def keeps_no_more(self, before: Kept) -> None:
+        """Than before: what the collector finds meanwhile goes."""
+        after = self.kept()
+        assert not Counter(after.reserved) - Counter(before.reserved)
+        assert after.locked_bytes <= before.locked_bytes
+        assert after.segments <= before.segments
