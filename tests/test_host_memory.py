@@ -101,7 +101,11 @@ class Pair:
     def compare(self) -> None:
         one, other = self.arenas
         assert one.view() == other.view()
-        assert one.counters() == other.counters()
+        counts = [arena.counters() for arena in self.arenas]
+        if one.kind in ("torch", "heap"):  # a few bytes lie on one page or on two
+            for count in counts:
+                del count["pages_populated"]
+        assert counts[0] == counts[1]
         names = ("nbytes", "mapped_bytes", "pinned_bytes", "page_bytes")
         assert [getattr(one, n) for n in names] == [getattr(other, n) for n in names]
         if not one.view().closed:
