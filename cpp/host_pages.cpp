@@ -189,13 +189,17 @@ std::size_t page_bytes() {
 }
 
 std::size_t proc_number(const char* file, const std::string& field) {
-  const std::string text = "\n" + read_text(file).value_or("");
-  const std::size_t at = text.find("\n" + field + ":");
-  if (at == std::string::npos) return 0;
-  std::string_view rest = std::string_view(text).substr(at + field.size() + 2);
-  rest.remove_prefix(std::min(rest.find_first_not_of(" \t"), rest.size()));
-  const std::size_t value = take_number<std::size_t>(rest).value_or(0);
-  return rest.starts_with(" kB") ? value * 1024 : value;
+  const std::string text = read_text(file).value_or(std::string());
+  std::string_view rest = text;
+  while (!rest.empty()) {
+    const bool found = rest.starts_with(field) && rest.substr(field.size()).starts_with(':');
+    rest.remove_prefix(found ? field.size() + 1 : std::min(rest.find('\n'), rest.size() - 1) + 1);
+    if (!found) continue;
+    rest.remove_prefix(std::min(rest.find_first_not_of(" \t"), rest.size()));
+    const std::size_t value = take_number<std::size_t>(rest).value_or(0);
+    return rest.starts_with(" kB") ? value * 1024 : value;
+  }
+  return 0;
 }
 
 std::size_t huge_page_bytes() {
