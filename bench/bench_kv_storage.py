@@ -1,7 +1,11 @@
-"""Rows of KV: torch's indexing, which is the engine's way, side by side with ours, checks on."""
+"""Rows of KV: torch's indexing, which is the engine's way, side by side with ours, checks on.
+
+One thread each: the core copies with the thread that calls it. torch with 16 of them is faster where
+thousands of rows are copied at once: bench/results/nvidia-h200 has the figures.
+"""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +17,14 @@ from bench_against_peers import seconds
 ROUNDS, SIZE, HEADS, DIM = 7, 32_768, 8, 128  # rows of 2 KiB in float16
 SLACK = 1.15
 """Two cores are shared with others: as fast as torch, and so much more."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _pool(layers: int = 1, dtype: torch.dtype = torch.float16) -> Any:
