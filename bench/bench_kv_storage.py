@@ -1,7 +1,7 @@
 """Rows of KV: torch's indexing, which is the engine's way, side by side with ours, checks on.
 
-One thread each: the core copies with the thread that calls it. torch with 16 of them is faster where
-thousands of rows are copied at once: bench/results/nvidia-h200 has the figures.
+One thread each: the core copies with the thread that calls it. torch with 16 of them is faster
+where thousands of rows are copied at once: bench/results/nvidia-h200 has the figures.
 """
 
 import statistics
