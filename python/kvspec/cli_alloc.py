@@ -38,21 +38,30 @@ _Bytes = Annotated[
 _Touch = Annotated[bool, typer.Option("--touch", help="Write one byte of each page, and watch.")]
 _TouchBy = Annotated[
     room.TouchBy | None,
-    typer.Option(help="Touch so: write a byte of each page, write all, read a byte of each page."),
+    typer.Option(
+        "--touch-by",
+        help="Touch so: write a byte of each page, write all, read a byte of each page.",
+    ),
 ]
 _Trace = Annotated[bool, typer.Option("--trace", help="Who called whom, level by level.")]
 _Populate = Annotated[bool, typer.Option("--populate", help="Have the pages at once.")]
-_HugePages = Annotated[HugePages, typer.Option(help="For mmap and pinned.")]
-_Node = Annotated[int | None, typer.Option(metavar="NODE", help="Bind it to a NUMA node.")]
-_Alignment = Annotated[int | None, typer.Option(metavar="BYTES", help="Of the address.")]
+_HugePages = Annotated[HugePages, typer.Option("--huge-pages", help="For mmap and pinned.")]
+_Node = Annotated[
+    int | None, typer.Option("--numa-node", metavar="NODE", help="Bind it to a NUMA node.")
+]
+_Alignment = Annotated[
+    int | None, typer.Option("--alignment", metavar="BYTES", help="Of the address.")
+]
 _Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write what was seen; - is standard output."),
 ]
 _Plot = Annotated[
-    Path | None, typer.Option(metavar="FILE.png", help="Draw sizes and faults over time.")
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw sizes and faults over time.")
 ]
-_Pid = Annotated[int | None, typer.Option(metavar="PID", help="Look at this process instead.")]
+_Pid = Annotated[
+    int | None, typer.Option("--pid", metavar="PID", help="Look at this process instead.")
+]
 _Claims = Annotated[
     bool, typer.Option("--claims", help="Ask this machine what is often said of it.")
 ]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from kvspec.allocation_chain import ring, strace
 from kvspec.allocation_chain.ring import Entry
 from kvspec.errors import ContractError, HostMemoryError
 from kvspec.interfaces.host_memory import ArenaKind, HugePages
+from kvspec.memory_budget import MemoryBudget
 
 __all__ = ["Recording", "Request", "TouchBy", "helper", "record"]
 
@@ -92,14 +93,15 @@ def record(
 ) -> Recording:
     """Allocate in a process of its own and record it. `progress` is told the bytes touched.
 
-    ContractError and HostMemoryError are those of HostArena. Costs the start of a process, and the
-    import of torch for kind torch, and for pinned where there is a GPU.
+    ContractError and HostMemoryError are those of HostArena; the budget is asked before the process
+    is there, unless it has a whole HostArena, which asks itself (HOST-28). Costs the start of a
+    process, and the import of torch for kind torch, and for pinned where there is a GPU.
     """
     library = helper("libkvspec_interposer.so") if interpose else None
     refused = strace.why_not() if trace else "it was not asked for"
     if refused is None and library is None:
         refused = "the interposer, which makes the marks, is not loaded"
-    with _ring() as memory, tempfile.TemporaryDirectory() as folder:
+    with _reserved(request), _ring() as memory, tempfile.TemporaryDirectory() as folder:
         trace_file = Path(folder) / "strace" if refused is None else None
         said = _run(request, memory, library, trace_file, progress)
         traced = trace_file.read_text("utf-8", "replace") if trace_file is not None else None
@@ -123,6 +125,14 @@ def _why_not_interposed(wanted: bool, library: Path | None) -> str:
     if not wanted:
         return "it was not asked for"
     return "the interposer was not built" if library is None else "the interposer was not loaded"
+
+
+def _reserved(request: Request) -> AbstractContextManager[object]:
+    """The bytes in the budget of the machine, as a HostArena would have them (HOST-28)."""
+    device = request.kind == "pinned" and Path("/dev/nvidiactl").exists()
+    if request.kind == "torch" or device or request.huge_pages == "explicit":
+        return nullcontext()
+    return MemoryBudget.current().reserve(request.kind, max(request.nbytes, 0), label="alloc")
 
 
 @contextmanager
