@@ -1,6 +1,7 @@
 """Getting memory and giving it back: HOST-1 to HOST-12, HOST-15 to HOST-18, HOST-22 to HOST-28."""
 
 import gc
+import itertools
 import os
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -62,6 +63,9 @@ BAD_ARENAS: dict[str, tuple[dict[str, Any], str]] = {
         "creator",
     ),
 }
+
+_ODD = itertools.count(3)
+"""Pages: a size that no other arena has."""
 
 
 class Mapping(HostMemorySuite):
@@ -342,9 +346,10 @@ class Returning(HostMemorySuite):
     @clause("HOST-15")
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_tensor_keeps_the_memory_of_an_arena_that_is_gone(self, kind: str) -> None:
-        nbytes = BIG if kind in ("torch", "heap") else MIB + 1
+        nbytes = MIB + next(_ODD) * PAGE_BYTES + 1
         kept = self.kept()
         arena = self.make(kind, nbytes)
+        reserved = (kind, arena.mapped_bytes, arena.mapped_bytes)
         arena.tensor()[-7:] = torch.arange(7)
         address, part = arena.address, arena.tensor()[-7:-2]
         other = arena.tensor(torch.int16, (5,), offset=8)
@@ -354,9 +359,11 @@ class Returning(HostMemorySuite):
         del other
         assert is_mapped(address)
         assert part.tolist() == [0, 1, 2, 3, 4]
-        assert len(self.kept().reserved) == len(kept.reserved) + 1
+        assert reserved in self.kept().reserved
         del part
-        assert not is_mapped(address)
+        if kind in MAPPED:  # malloc may have it of a heap that stays
+            assert not is_mapped(address)
+        assert reserved not in self.kept().reserved
         self.keeps_no_more(kept)
 
     @clause("HOST-16")
@@ -465,7 +472,7 @@ class Returning(HostMemorySuite):
             arena = self.make(kind, nbytes - 1, label="mine")
         [(then, *given)] = seen
         assert then - before < 4 * MIB
-        assert mapped_total() - before > 4 * MIB
+        assert mapped_total() - before > 4 * MIB or kind not in MAPPED
         assert given == [kind, arena.mapped_bytes, "mine"]
 
     @clause("HOST-28")

@@ -127,7 +127,7 @@ def in_child(action: Callable[[], object]) -> None:
 def waits_for(call: Callable[[], object], fd: int) -> bool:
     """Whether the call waits for the lock of `fd`, which is given back if it does."""
     inode = os.fstat(fd).st_ino
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=error_of, args=[call])
     thread.start()
     waited = False
     while thread.is_alive():
