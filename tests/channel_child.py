@@ -78,6 +78,7 @@ def acknowledge(given: str, back: str) -> None:
 
 
 def main(folder: str, role: str, name: str, *more: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     if role == "pipe":
         return acknowledge(name, *more)
     ends = channel_class(folder)

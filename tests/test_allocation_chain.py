@@ -166,7 +166,8 @@ def test_a_running_process_is_shown_by_kind(capsys: pytest.CaptureFixture[str]) 
 def test_the_claims_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(allocation_chain, "gather", facts)
+    found = facts()
+    monkeypatch.setattr(allocation_chain, "gather", lambda: found)
     assert main(["alloc", "--claims"]) == 0
     out = capsys.readouterr().out
     assert "posix_memalign" in out

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import resource
+import signal
 import struct
 import sys
 import time
@@ -341,6 +342,7 @@ def _touch(marks: Marks, address: int, nbytes: int, how: str) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent made of it
     request = json.loads(sys.argv[1])
     try:
         _say(done=observe(request))
