@@ -2,8 +2,9 @@
 
 `make sanitize` runs this folder with the sanitized extension first on the path. In an ordinary run
 it is not collected: the same tests run there from where they belong. What is random is lockstep's
-here: a suite's machines run as long as they do for a mutant. Arenas and segments are not here: their
-suites look at mappings, limits and descriptors, of which a sanitizer has its own; tests/cpp has them.
+here: a suite's machines run as long as they do for a mutant. Arenas and segments are not here:
+their suites look at mappings, limits and descriptors, of which a sanitizer has its own; tests/cpp
+has them.
 """
 
 from collections.abc import Iterator
