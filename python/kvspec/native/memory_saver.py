@@ -76,7 +76,7 @@ class TorchMemorySaverAdapter:
         self._tags: dict[str, _Tag] = {}
         self._numbers = 0
         self._counts = {"captured": 0, "given_back": 0, "kept": 0, "put_back": 0}
-        self._package = _package() if self.enabled else None
+        self._package: Any = _package() if self.enabled else None
 
     @classmethod
     def create(cls, enable: bool) -> "TorchMemorySaverAdapter":

@@ -101,7 +101,9 @@ class Mapping(HostMemorySuite):
         self.make(kind, BIG).close()
         before = mapped_total()
         arena = self.make(kind, 128 * MIB + 1)
-        assert 128 * MIB < mapped_total() - before <= 1.02 * 128 * MIB
+        more = mapped_total() - before
+        assert more <= 1.02 * 128 * MIB
+        assert more > 128 * MIB or kind not in MAPPED  # a heap may have had it
         arena.close()
 
     @clause("HOST-2")
