@@ -141,7 +141,7 @@ class Mapping(HostMemorySuite):
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_the_machine_has_not_is_an_error_and_leaves_nothing(self, kind: str) -> None:
         self.make(kind, PAGE_BYTES).close()
-        named, nbytes = ("SHM-5", BIG) if kind == "shm" else ("HOST-4", 256 * MIB)
+        named, nbytes = ("SHM-5", BIG) if kind == "shm" else ("HOST-4", 2048 * MIB)
 
         def fail() -> None:
             self.refused(named, lambda: self.make(kind, nbytes), str(nbytes))
