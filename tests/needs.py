@@ -12,6 +12,9 @@ TRACES = Path(
 )
 """They are large and not ours: KVSPEC_TRACES says where, or they lie beside the checkout."""
 
+root = pytest.mark.skipif(
+    os.geteuid() != 0 and "CI" not in os.environ, reason="only root may do what this test does"
+)
 native = pytest.mark.skipif(not kvspec.has_native(), reason="the extension is absent")
 
 

@@ -16,6 +16,7 @@ from kvspec.conformance import clause
 from kvspec.conformance.host_memory import HostMemoryConformance
 from kvspec.conformance.host_memory.kernel import is_mapped
 from kvspec.errors import CLAUSE_ERRORS
+from needs import root
 
 IMPLS = [kvspec.oracle, kvspec]
 PAGE = 4096
@@ -145,25 +146,23 @@ def two_huge_pages() -> Iterator[None]:
 
 
 @clause("HOST-8")
+@root
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the kernel has no huge pages")
 @pytest.mark.parametrize("impl", IMPLS, ids=["oracle", "native"])
 def test_huge_pages_that_are_set_aside(impl: Any) -> None:
     """Whole ones, and discarded as such; set aside by root, as CI is."""
-    try:
-        with two_huge_pages():
-            arena = impl.HostArena("mmap", (2 << 20) + 1, huge_pages="explicit", populate=True)
-            assert (arena.page_bytes, arena.mapped_bytes) == (2 << 20, 4 << 20)
-            assert arena.address % (2 << 20) == 0
-            assert arena.resident_bytes() == 4 << 20
-            arena.tensor().fill_(1)
-            with pytest.raises(CLAUSE_ERRORS, match=r"HOST-20: .* not whole pages of 2097152"):
-                arena.discard(0, 4096)
-            arena.discard(0, 2 << 20)
-            assert arena.resident_bytes() == 2 << 20
-            assert int(arena.tensor().sum()) == 1
-            arena.close()
-    except PermissionError:
-        pytest.skip("only root can set huge pages aside")
+    with two_huge_pages():
+        arena = impl.HostArena("mmap", (2 << 20) + 1, huge_pages="explicit", populate=True)
+        assert (arena.page_bytes, arena.mapped_bytes) == (2 << 20, 4 << 20)
+        assert arena.address % (2 << 20) == 0
+        assert arena.resident_bytes() == 4 << 20
+        arena.tensor().fill_(1)
+        with pytest.raises(CLAUSE_ERRORS, match=r"HOST-20: .* not whole pages of 2097152"):
+            arena.discard(0, 4096)
+        arena.discard(0, 2 << 20)
+        assert arena.resident_bytes() == 2 << 20
+        assert int(arena.tensor().sum()) == 1
+        arena.close()
 
 
 @clause("HOST-15")

@@ -23,6 +23,7 @@ from kvspec.conformance.memory_budget import MemoryBudgetConformance
 from kvspec.conformance.memory_budget.machine import GIB, MIB, Forked, Machine
 from kvspec.errors import HostMemoryError
 from kvspec.memory_budget import MemoryBudget
+from needs import root
 
 Say = Callable[[object], None]
 
@@ -242,7 +243,7 @@ def test_a_name_that_is_taken_is_left_to_who_has_it() -> None:
 
 
 @clause("BUDGET-5")
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+@root
 def test_users_count_one_another() -> None:
     with RealProcesses() as machine:
         machine.root.chmod(0o755)

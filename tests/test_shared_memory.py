@@ -23,7 +23,7 @@ from kvspec.conformance.shared_memory import FOLDER, SharedMemoryConformance, na
 from kvspec.errors import HostMemoryError
 from kvspec.interfaces.shared_memory import SharedSegment
 from kvspec.oracle.shared_memory import SharedSegment as OracleSegment
-from needs import native
+from needs import native, root
 
 ROOT = Path(__file__).parents[1]
 LABEL = f"test-{os.getpid()}"
@@ -188,9 +188,7 @@ def test_the_oracle_is_killed_at_each_step(phase: str) -> None:
 
 
 def _with_small_shm(action: Callable[[], object]) -> None:
-    """Run it in a child for which /dev/shm is a tmpfs of 8 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small /dev/shm needs root")
+    """Run it in a child for which /dev/shm is a tmpfs of 8 MiB. Only root may mount one."""
 
     def child() -> None:
         assert LIBC.unshare(CLONE_NEWNS) == 0
@@ -206,6 +204,7 @@ def _free() -> int:
     return found.f_bavail * found.f_frsize
 
 
+@root
 @both
 @clause("SHM-3", "SHM-5")
 def test_a_full_tmpfs_is_an_error_and_no_signal(name: str) -> None:
@@ -226,6 +225,7 @@ def test_a_full_tmpfs_is_an_error_and_no_signal(name: str) -> None:
     _with_small_shm(ask)
 
 
+@root
 @both
 @clause("SHM-15", "SHM-21")
 def test_a_start_succeeds_where_the_dead_fill_the_tmpfs(name: str) -> None:

@@ -13,9 +13,6 @@ import kvspec.oracle
 from kvspec.conformance import clause
 from kvspec.errors import ContractError
 
-if not torch.cuda.is_available():
-    pytest.skip("torch sees no CUDA device", allow_module_level=True)
-
 NBYTES = 256 << 20
 INSTALLED = find_spec("torch_memory_saver") is not None
 
@@ -32,25 +29,19 @@ def free_bytes() -> int:
 
 @pytest.fixture
 def saver() -> Any:
-    """A saver whose package works here; else the reason why it does not."""
+    """A saver with the package; whether it works here is what the tests find out."""
     if not INSTALLED:
         pytest.skip("the package torch_memory_saver is not installed")
-    made = fresh()
-    try:
-        with made.region("probe"):
-            torch.ones(4, device="cuda")
-        made.pause("probe")
-        made.resume("probe")
-    except (OSError, RuntimeError, AssertionError, AttributeError, ImportError) as error:
-        pytest.skip(f"torch_memory_saver does not work here: {type(error).__name__}: {error}")
-    return made
+    return fresh()
 
 
 @clause("SAVER-7")
-@pytest.mark.skipif(INSTALLED, reason="the package is installed, and saves the device's memory")
 @pytest.mark.parametrize("impl", [kvspec.oracle, kvspec], ids=["oracle", "native"])
-def test_without_the_package_a_device_is_refused(impl: Any) -> None:
+def test_without_the_package_a_device_is_refused(
+    impl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = fresh(impl)
+    monkeypatch.setattr(made, "_package", None, raising=False)
     with made.region("kv_cache"):
         here = torch.ones(4)
         with pytest.raises(ContractError, match=r"SAVER-7: zeros on cuda.* torch_memory_saver"):
@@ -66,8 +57,10 @@ def test_without_the_package_a_device_is_refused(impl: Any) -> None:
 
 
 @clause("REQ-14")
-@pytest.mark.skipif(INSTALLED, reason="the package is installed, and saves the device's memory")
-def test_without_the_package_a_pool_on_a_device_is_refused() -> None:
+def test_without_the_package_a_pool_on_a_device_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kvspec.TorchMemorySaverAdapter.create(True), "_package", None)
     with pytest.raises(ContractError, match="SAVER-7"):
         kvspec.ReqToTokenPool(4, 16, "cuda", True)
 

@@ -165,7 +165,9 @@ class SaverBench(Conformance):
             weights = torch.arange(3_000)
         return saver, table, weights
 
-    def same(self, saver: Any, before: Mapping[str, Any], tensors: list[Tensor], was: list[bytes]) -> None:
+    def same(
+        self, saver: Any, before: Mapping[str, Any], tensors: list[Tensor], was: list[bytes]
+    ) -> None:
         assert dict(saver.view()) == before
         unchanged = [raw(tensor) for tensor in tensors] == was
         assert unchanged  # and no account of where: under CI that of a few pages takes minutes
