@@ -211,10 +211,10 @@ def _core(path: str) -> Any:
 def opener(request: dict[str, Any], core: str | None) -> Callable[[int], _Arena]:
     """What opens an arena of some bytes: the object, its address, and what gives it back.
 
-    HostArena where torch or CUDA has a part in it, else the part of it that is the core's.
+    A whole HostArena, or of that the part of the core, whose file is given.
     """
     kind, options = request["kind"], request["options"]
-    if core is None or kind == "torch" or (kind == "pinned" and os.path.exists("/dev/nvidiactl")):
+    if core is None:
         from kvspec import HostArena
 
         def arena(nbytes: int) -> _Arena:

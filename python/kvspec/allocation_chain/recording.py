@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+import kvspec
 from kvspec.allocation_chain import ring, strace
 from kvspec.allocation_chain.ring import Entry
 from kvspec.errors import ContractError, HostMemoryError
@@ -74,8 +75,6 @@ class Recording(msgspec.Struct, frozen=True):
 
 def helper(name: str) -> Path | None:
     """A file that the build puts beside the extension; None if it was not built."""
-    import kvspec
-
     if not kvspec.has_native():
         return None
     from kvspec import _core
@@ -101,9 +100,10 @@ def record(
     refused = strace.why_not() if trace else "it was not asked for"
     if refused is None and library is None:
         refused = "the interposer, which makes the marks, is not loaded"
-    with _reserved(request), _ring() as memory, tempfile.TemporaryDirectory() as folder:
+    core = _core_file(request)
+    with _reserved(request, core), _ring() as memory, tempfile.TemporaryDirectory() as folder:
         trace_file = Path(folder) / "strace" if refused is None else None
-        said = _run(request, memory, library, trace_file, progress)
+        said = _run(_for_the_child(request, core, memory), memory, library, trace_file, progress)
         traced = trace_file.read_text("utf-8", "replace") if trace_file is not None else None
         entries, dropped = ring.read_ring(os.pread(memory, ring.BYTES, 0))
     attached = said.pop("attached")
@@ -127,10 +127,23 @@ def _why_not_interposed(wanted: bool, library: Path | None) -> str:
     return "the interposer was not built" if library is None else "the interposer was not loaded"
 
 
-def _reserved(request: Request) -> AbstractContextManager[object]:
-    """The bytes in the budget of the machine, as a HostArena would have them (HOST-28)."""
+def _core_file(request: Request) -> str | None:
+    """The extension's file, where the process needs no more than the core's part of an arena.
+
+    That has neither torch nor CUDA in it; where they have a part, and without an extension, the
+    process has a whole HostArena.
+    """
     device = request.kind == "pinned" and Path("/dev/nvidiactl").exists()
-    if request.kind == "torch" or device or request.huge_pages == "explicit":
+    if request.kind == "torch" or device or not kvspec.has_native():
+        return None
+    from kvspec import _core
+
+    return _core.__file__
+
+
+def _reserved(request: Request, core: str | None) -> AbstractContextManager[object]:
+    """The bytes in the budget, which a whole HostArena asks itself (HOST-28)."""
+    if core is None or request.huge_pages == "explicit":
         return nullcontext()
     return MemoryBudget.current().reserve(request.kind, max(request.nbytes, 0), label="alloc")
 
@@ -148,7 +161,7 @@ def _ring() -> Iterator[int]:
 
 
 def _run(
-    request: Request,
+    asked: dict[str, Any],
     memory: int,
     library: Path | None,
     trace_file: Path | None,
@@ -159,7 +172,7 @@ def _run(
     assigned = {"KVSPEC_CHAIN_RING": f"{memory},{ring.BYTES}"}
     if library is not None:
         assigned["LD_PRELOAD"] = ":".join(filter(None, [str(library), preload]))
-    command = [sys.executable, "-P", str(_CHILD), json.dumps(_for_the_child(request, memory))]
+    command = [sys.executable, "-P", str(_CHILD), json.dumps(asked)]
     if trace_file is not None:  # strace is not the one to be observed
         given = [part for name, value in assigned.items() for part in ("-E", f"{name}={value}")]
         command = [*strace.command(str(trace_file)), *given, *command]
@@ -199,14 +212,7 @@ def _end(child: "subprocess.Popen[str]") -> None:
     child.wait()
 
 
-def _for_the_child(request: Request, memory: int) -> dict[str, Any]:
-    core = None
-    import kvspec
-
-    if kvspec.has_native():
-        from kvspec import _core
-
-        core = _core.__file__
+def _for_the_child(request: Request, core: str | None, memory: int) -> dict[str, Any]:
     given = msgspec.to_builtins(request)
     options = ("alignment", "populate", "huge_pages", "numa_node")
     return {
