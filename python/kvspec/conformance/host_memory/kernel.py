@@ -14,6 +14,7 @@ __all__ = [
     "PAGE_BYTES",
     "Area",
     "area_of",
+    "heap_bytes",
     "in_child",
     "is_mapped",
     "locked_bytes",
@@ -95,6 +96,15 @@ def _begin_of(address: int) -> int | None:
 def is_mapped(address: int) -> bool:
     """Whether there is a mapping at an address."""
     return _begin_of(address) is not None
+
+
+def heap_bytes() -> int:
+    """What brk has given to malloc: no block above it can be of what was freed before."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        if line.endswith("[heap]"):
+            begin, end = (int(part, 16) for part in line.partition(" ")[0].split("-"))
+            return end - begin
+    return 0
 
 
 def policy_of(address: int) -> str:

@@ -26,7 +26,7 @@ MAPPED = ("mmap", "shm", "pinned")
 MIB = 1 << 20
 HUGE = 2 * MIB
 BIG = 80 * MIB
-"""Malloc maps it and unmaps it: its threshold is 32 MiB at most, and its heap keeps 64 at most."""
+"""Above the threshold, 32 MiB at most, from which malloc maps what its heap has no room for."""
 
 _DEFAULTS: dict[str, Any] = {
     "kind": "mmap",

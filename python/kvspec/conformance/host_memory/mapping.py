@@ -15,6 +15,7 @@ from kvspec.conformance import clause
 from kvspec.conformance.host_memory.kernel import (
     PAGE_BYTES,
     area_of,
+    heap_bytes,
     in_child,
     is_mapped,
     locked_bytes,
@@ -386,7 +387,7 @@ class Returning(HostMemorySuite):
     @clause("HOST-17")
     @pytest.mark.parametrize("kind", KINDS)
     def test_closing_gives_everything_back(self, kind: str) -> None:
-        nbytes = BIG if kind in ("torch", "heap") else MIB + 1
+        nbytes = MIB + 1 if kind in MAPPED else BIG + heap_bytes()
         kept = self.kept()
         arena = self.make(kind, nbytes)
         address = arena.address
