@@ -203,7 +203,7 @@ def test_a_malformed_line_is_told_before_anything_else(tmp_path: Path) -> None:
 def test_the_native_core_is_asked_for_in_vain(
     trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvspec.replay.system.has_native", lambda: False)
+    monkeypatch.setattr("kvspec.implementations.has_native", lambda: False)
     assert main(["replay", str(trace), "--impl", "native"]) == 2
     told = "kvspec: the native core is absent: only the oracle can run\n"
     assert capsys.readouterr().err == told

@@ -5,7 +5,6 @@
 With a sliding window the middle comes in chunks, as large as the window pool allows (REPLAY-9).
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from kvspec import has_native
+from kvspec import implementations
 from kvspec.errors import MemoryLeakError
 from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_cache import (
@@ -60,10 +59,7 @@ class Implementation(Protocol):
 
 def implementation(name: str) -> Implementation:
     """`native` or `oracle`; ImportError if that is the extension and it is absent."""
-    if name == "native" and not has_native():
-        raise ImportError("the native core is absent: only the oracle can run")
-    module = importlib.import_module({"native": "kvspec", "oracle": "kvspec.oracle"}[name])
-    return cast(Implementation, module)
+    return cast(Implementation, implementations.implementation(name))
 
 
 @dataclass(slots=True)
