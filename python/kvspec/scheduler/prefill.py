@@ -70,7 +70,7 @@ class PrefillAdder:
         """Go on with the prompt that was begun; False if there is no room for any more of it."""
         length = self._fitting(req, req.length - req.kv_committed_len)
         if not self.is_alone:
-            length = min(length, self._tokens_left())
+            length = min(length, self._pages_left() * self.memory.page_size)
         if length <= 0:
             return False
         self._extend(req, length)
@@ -101,8 +101,6 @@ class PrefillAdder:
         self.memory.rows.write((rows[0], slice(0, cached)), found.device_indices)
         req.req_pool_idx, req.prefix_indices = rows[0], found.device_indices
         req.last_node, req.lock_receipt, req.cache_protected_len = node, receipt, cached
-        if not req.was_admitted:
-            req.was_admitted, req.cached_tokens = True, cached
         self._extend(req, length)
         return True
 
@@ -131,12 +129,11 @@ class PrefillAdder:
             most = min(wanted, length + self.memory.sliding_window_size)
             if self.memory.pages(most) + 1 > swa - self.taken_pages:
                 return False
-        return wanted <= self._tokens_left()
+        return self.memory.pages(wanted) <= self._pages_left()
 
-    def _tokens_left(self) -> int:
+    def _pages_left(self) -> int:
         """What is left when the running requests had what they may still need."""
-        pages = self.memory.room().full - self.taken_pages
-        return pages * self.memory.page_size - self.expected
+        return self.memory.room().full - self.taken_pages - self.memory.pages(self.expected)
 
     def _extend(self, req: Req, length: int) -> None:
         stop = req.kv_committed_len + length
