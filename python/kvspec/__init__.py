@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         TorchMemorySaverAdapter,
     )
     from kvspec.poison import Poison
+    from kvspec.scheduler import Req, Scheduler, ServerArgs
 
 __all__ = [
     "ChunkCache",
@@ -64,12 +65,15 @@ __all__ = [
     "RadixCache",
     "RadixCacheCpp",
     "RadixKey",
+    "Req",
     "ReqToTokenPool",
     "SWAChunkCache",
     "SWAKVPool",
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "Scheduler",
+    "ServerArgs",
     "SharedSegment",
     "ShmChannel",
     "TokenToKVPoolAllocator",
@@ -91,6 +95,9 @@ _TOOLS = {
     "Instrument": "instrumentation",
     "MemoryBudget": "memory_budget",
     "Poison": "poison",
+    "Req": "scheduler",
+    "Scheduler": "scheduler",
+    "ServerArgs": "scheduler",
     "instrument": "instrumentation",
     "read_log": "flight_recorder",
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from kvspec.interfaces.prefix_cache import MatchResult
 from kvspec.scheduler.req import Req
 from kvspec.scheduler.server_args import ServerArgs
 from kvspec.scheduler.slots import Extension, Memory
@@ -82,10 +83,9 @@ class PrefillAdder:
             return False
         if not self.memory.rows.available_size():
             return False
-        tokens = req.tokens
-        found = self.memory.tree_cache.match_prefix(tokens[:-1], extra_key=req.extra_key)
+        found = self._match(req)
         cached = found.device_indices.numel()
-        length = len(tokens) - cached
+        length = req.length - cached
         node = found.last_device_node
         receipt = None if node is None else self.memory.tree_cache.inc_lock_ref(node)
         req.kv_committed_len = req.kv_allocated_len = cached
@@ -103,6 +103,12 @@ class PrefillAdder:
         req.last_node, req.lock_receipt, req.cache_protected_len = node, receipt, cached
         self._extend(req, length)
         return True
+
+    def _match(self, req: Req) -> MatchResult:
+        """What the cache has of all its tokens but the last, so that one at least is computed
+        (SCHED-12, SCHED-21).
+        """
+        return self.memory.tree_cache.match_prefix(req.tokens[:-1], extra_key=req.extra_key)
 
     def _fitting(self, req: Req, length: int) -> int:
         """How many of its next tokens a step can compute: as many as the chunk's budget and the

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvspec.errors import ContractError, MemoryLeakError
+from kvspec.errors import ContractError
 from kvspec.interfaces.memory_checker import SWATokenInfo
 from kvspec.interfaces.model_runner import ModelWorker
 from kvspec.interfaces.scheduler import (
@@ -22,10 +22,10 @@ from kvspec.scheduler.prefill import NewTokenRatio, PrefillAdder
 from kvspec.scheduler.req import TOKEN_LIMIT, Req
 from kvspec.scheduler.server_args import ServerArgs
 from kvspec.scheduler.slots import Extension, Memory
+from kvspec.scheduler.sums import check_sums, token_info
 
 __all__ = ["Scheduler"]
 
-_LEAK = "token_to_kv_pool_allocator memory leak detected! "
 _COUNTERS = (
     *("steps", "prefill_tokens", "cached_tokens", "decode_tokens", "accepted_draft_tokens"),
     *("chunks", "retractions", "overlapped_steps"),
@@ -55,17 +55,20 @@ class Scheduler:
 
     # Pools and cache.
 
+    _refuse_misfits = staticmethod(refuse_misfits)
+    _make_cache = staticmethod(make_cache)
+
     def init_memory_pool_and_cache(self, server_args: ServerArgs) -> None:
         """Take the worker's pools and make the cache over them, as the source document chooses it
         (SCHED-1, SCHED-2).
         """
         rows, allocator = self.tp_worker.get_memory_pool()
         window = self.tp_worker.sliding_window_size if has_windows(allocator) else None
-        refuse_misfits(server_args, rows, allocator, window)
+        self._refuse_misfits(server_args, rows, allocator, window)
         self.req_to_token_pool, self.token_to_kv_pool_allocator = rows, allocator
         self.page_size, self.is_hybrid = allocator.page_size, has_windows(allocator)
         self.max_total_num_tokens = usable_size(allocator)
-        self.tree_cache = make_cache(server_args, rows, allocator, window)
+        self.tree_cache = self._make_cache(server_args, rows, allocator, window)
         self.memory = Memory(
             rows,
             allocator,
@@ -150,7 +153,6 @@ class Scheduler:
         worked |= launched is not None
         self._counts["overlapped_steps"] += len(self.flights) > 1
         self._settle_all_but(self._may_fly_on(launched))
-        self._let_go()
         if self.is_idle or self.server_args.check_every_step or not (worked or self.live):
             self.check_memory()
         if self.is_idle:
@@ -447,10 +449,12 @@ class Scheduler:
     # What there is.
 
     def check_memory(self) -> None:
-        """Raise MemoryLeakError unless every page, row and lock has one owner (SCHED-4)."""
+        """Raise MemoryLeakError unless every page and row, and with nothing live every lock, has
+        one owner (SCHED-4).
+        """
         live = self.live
         if not live and self.server_args.check_level != "off":
-            self._check_sums()
+            check_sums(self.token_to_kv_pool_allocator, self.req_to_token_pool, self.tree_cache)
         check_memory(
             self.token_to_kv_pool_allocator,
             self.req_to_token_pool,
@@ -459,35 +463,9 @@ class Scheduler:
             level=self.server_args.check_level,
         )
 
-    def _check_sums(self) -> None:
-        """With nothing live, what is available and what can be evicted is all there is."""
-        if self.is_hybrid:
-            info = self._get_swa_token_info()
-            if info.full_num_used or info.swa_num_used:
-                raise MemoryLeakError(f"{_LEAK}{_told(info)}")
-        else:
-            available, evictable = self._get_token_info()[2:]
-            if available + evictable != self.max_total_num_tokens:
-                protected = self.tree_cache.protected_size()
-                raise MemoryLeakError(
-                    f"{_LEAK}{self.max_total_num_tokens=}, available_size={available}, "
-                    f"evictable_size={evictable}, protected_size={protected}"
-                )
-
     def _get_token_info(self) -> TokenInfo:
         """The source's four numbers, of the full pool if there are two (SCHED-3). O(1)."""
-        if self.is_hybrid:
-            info = self._get_swa_token_info()
-            return TokenInfo(
-                info.full_num_used,
-                info.full_token_usage,
-                info.full_available_size,
-                info.full_evictable_size,
-            )
-        available = self.token_to_kv_pool_allocator.available_size()
-        evictable = self.tree_cache.evictable_size()
-        used = self.max_total_num_tokens - (available + evictable)
-        return TokenInfo(used, used / self.max_total_num_tokens, available, evictable)
+        return token_info(self.token_to_kv_pool_allocator, self.tree_cache)
 
     def _get_swa_token_info(self) -> SWATokenInfo:
         """The source's eight numbers (SCHED-3). O(1)."""
@@ -536,7 +514,3 @@ def _live(req: Req) -> LiveReq:
         allocated=req.kv_allocated_len,
         output=len(req.output_ids),
     )
-
-
-def _told(info: SWATokenInfo) -> str:
-    return ", ".join(f"{name}={value}" for name, value in info._asdict().items())
