@@ -182,7 +182,7 @@ class Scheduler(Protocol[GivenReq, GivenArgs]):
         """Empty everything, unless somebody is live (SCHED-26). O(pool)."""
 
     def check_memory(self) -> None:
-        """Raise MemoryLeakError unless everything has one owner (SCHED-4). O(pool), as its level."""
+        """Raise MemoryLeakError unless everything has one owner (SCHED-4). O(pool)."""
 
     def _get_token_info(self) -> TokenInfo:
         """The source's four numbers (SCHED-3). O(1)."""
