@@ -89,7 +89,7 @@ class PrefillAdder:
         node = found.last_device_node
         receipt = None if node is None else self.memory.tree_cache.inc_lock_ref(node)
         req.kv_committed_len = req.kv_allocated_len = cached
-        wanted = length + min(req.remaining, CLIP_MAX_NEW_TOKENS)
+        wanted = length + min(req.remaining, CLIP_MAX_NEW_TOKENS) - 1  # the last has no KV
         length = self._fitting(req, length)
         if length <= 0 or not (self.is_alone or self._has_room_for(wanted, length)):
             req.kv_committed_len = req.kv_allocated_len = 0
@@ -152,4 +152,4 @@ class PrefillAdder:
         if self.rem_chunk_tokens is not None:
             self.rem_chunk_tokens -= length
         if stop == req.length:
-            self.expected += min(req.remaining, CLIP_MAX_NEW_TOKENS)
+            self.expected += min(req.remaining, CLIP_MAX_NEW_TOKENS) - 1
