@@ -204,7 +204,7 @@ class Flights(SchedulerSuite):
         """The step in flight fails when there are rows and locks for a batch already."""
         with self.serving(chunked_prefill_size=8, **_OVERLAP) as serving:
             serving.serve("cached", tokens(3, 9))
-            serving.worker.errors[2] = RuntimeError("lost")
+            serving.worker.errors[3] = RuntimeError("lost")
             serving.add("a", tokens(1, 5), 19)
             serving.step(2)
             serving.add("b", tokens(2, 4), 4)

@@ -312,9 +312,7 @@ class Queue(SchedulerSuite):
             for at, space in enumerate(spaces):
                 serving.add(f"{at}", tokens(1, 9), extra_key=space)
             serving.step()
-            rows = [
-                serving.worker.rows.row(live.row).tolist() for live in serving.view.live.values()
-            ]
+            rows = serving.worker.rows.view().rows.values()
             assert len(rows) == 5
             assert len({slot for row in rows for slot in row}) == 45
             serving.finish()

@@ -1,4 +1,4 @@
-"""What a live request has, and what it leaves (SCHED-8, SCHED-15 to SCHED-18, SCHED-24, SCHED-28)."""
+"""What a live request has, and what it leaves. Spec: SCHED-8, SCHED-15 to 18, 24 and 28."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def short_of_pages(suite: SchedulerSuite, **options: Any) -> Serving:
     serving = suite.serving(pages=10, schedule_conservativeness=0.001, **options)
     serving.add("a", tokens(1, 4), 29)
     serving.step()
-    serving.add("b", tokens(2, 4), 10)
+    serving.add("b", tokens(2, 4), 14)
     serving.add("c", tokens(3, 6), 10)
     serving.step()
     assert set(serving.view.live) == {"a", "b", "c"}
@@ -201,10 +201,7 @@ class Running(SchedulerSuite):
                 serving.assert_empty()
                 serving.scheduler.flush_cache()
             serving.assert_right()
-            ends = {
-                req.finished_reason and req.finished_reason.kind for req in serving.reqs.values()
-            }
-            assert "stop" in ends
+            assert any(len(req.output_ids) < 12 for req in serving.reqs.values())
 
     @clause("SCHED-24")
     @each_of("page_size", [1, 4, 16], 4)
