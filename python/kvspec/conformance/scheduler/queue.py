@@ -9,13 +9,15 @@ from kvspec.conformance.scheduler.serving import SchedulerSuite, Serving, tokens
 from kvspec.errors import ContractError
 from kvspec.scheduler import Req
 
+_NO_NAME: Any = 1.5
+
 REFUSED: list[tuple[str, Any]] = [
     ("the prompt of 'r' is empty", lambda: Req("r", [], 4)),
     ("token -1 of 'r'", lambda: Req("r", [1, -1], 4)),
     ("token 2147483648 of 'r'", lambda: Req("r", [1, 2**31], 4)),
     ("max_new_tokens 0", lambda: Req("r", [1], 0)),
     ("id 'known' is in use", lambda: Req("known", [1], 4)),
-    ("extra_key of 'r'", lambda: Req("r", [1], 4, extra_key=1.5)),  # type: ignore[arg-type]
+    ("extra_key of 'r'", lambda: Req("r", [1], 4, extra_key=_NO_NAME)),
 ]
 
 
