@@ -195,5 +195,6 @@ class Scheduler(Protocol[GivenReq, GivenArgs]):
 
     def counters(self) -> dict[str, int]:
         """Exact costs so far: `steps`, `prefill_tokens`, `cached_tokens`, `decode_tokens`,
-        `accepted_draft_tokens`, `chunks`, `retractions`, `overlapped_steps` (SCHED-30).
+        `draft_tokens`, `accepted_draft_tokens`, `chunks`, `retractions`, `overlapped_steps`,
+        `evicted_tokens` (SCHED-30).
         """

@@ -97,7 +97,7 @@ def _depth_first(looked: Sequence[_Looked]) -> list[_Looked]:
     """Along the tree of what the cache has, the heavier child first."""
     root = _Node(arrival=0)
     line: list[tuple[tuple[object, ...], _Node]] = [((), root)]
-    for each in sorted(looked, key=lambda each: tuple(map(repr, each.path))):
+    for each in sorted(looked, key=_by_path):
         path, arrival = each.path, each.req.arrival
         while line[-1][0] != path[: len(line[-1][0])]:
             line.pop()
@@ -110,6 +110,10 @@ def _depth_first(looked: Sequence[_Looked]) -> list[_Looked]:
             node.weight += 1
             node.arrival = min(node.arrival, arrival)
     return _walk(root)
+
+
+def _by_path(each: _Looked) -> tuple[str, list[int]]:
+    return repr(each.req.extra_key), each.tokens[: each.found]
 
 
 def _walk(root: _Node) -> list[_Looked]:

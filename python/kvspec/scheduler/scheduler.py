@@ -27,8 +27,8 @@ from kvspec.scheduler.sums import check_sums, token_info
 __all__ = ["Scheduler"]
 
 _COUNTERS = (
-    *("steps", "prefill_tokens", "cached_tokens", "decode_tokens", "accepted_draft_tokens"),
-    *("chunks", "retractions", "overlapped_steps"),
+    *("steps", "prefill_tokens", "cached_tokens", "decode_tokens", "draft_tokens"),
+    *("accepted_draft_tokens", "chunks", "retractions", "overlapped_steps"),
 )
 
 
@@ -286,6 +286,7 @@ class Scheduler:
         self._counts["steps"] += 1
         self._counts["prefill_tokens" if mode == "prefill" else "decode_tokens"] += tokens
         if mode == "decode":
+            self._counts["draft_tokens"] += tokens - len(extensions)
             for each in extensions:
                 each.req.tokens_in_flight += 1
         else:

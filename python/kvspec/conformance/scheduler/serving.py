@@ -244,9 +244,8 @@ class Serving:
         return length
 
     def observe(self, see: Any) -> None:
-        """Be told of every operation of the allocator and of the rows."""
+        """Be told of every operation of the allocator."""
         self.worker.allocator.attach(see)
-        self.worker.rows.attach(see)
 
     def watch_what_flies(self) -> list[str]:
         """Faults, noted as they happen: something of a step that is being computed is given back
@@ -254,17 +253,21 @@ class Serving:
         """
         faults: list[str] = []
 
+        size, window = self.worker.page_size, self.worker.sliding_window_size
+
         def see(operation: Operation) -> None:
             batch = self.worker.computing
-            if batch is None or operation.room == "request_pool":
+            if batch is None:
                 return
-            named = {slot for slots in batch.token_slots for slot in slots.tolist()}
-            if operation.name == "free_swa":
-                window = self.worker.sliding_window_size or 0
-                named = {slot for slots in batch.token_slots for slot in slots[-window:].tolist()}
-            touched = named.intersection(operation.slots.tolist())
-            if touched:
-                faults.append(f"{operation.name} of {sorted(touched)} while a step names them")
+            books = self.worker.allocator.view()
+            free, paired = {*books.free, *books.pending}, {full for full, _ in books.pairs}
+            for slots, new in zip(batch.token_slots, batch.extend_lens, strict=True):
+                pages = [slot // size for slot in slots.tolist()]
+                gone = free.intersection(pages)
+                if window is not None:
+                    gone |= set(pages[max(len(pages) - new - window + 1, 0) :]) - paired
+                if gone:
+                    faults.append(f"{operation.name}: pages {sorted(gone)}, which a step names")
 
         self.observe(see)
         return faults
