@@ -87,9 +87,7 @@ class Flights(SchedulerSuite):
             serving.add("a", tokens(1, 4), 17)
             serving.step()
             serving.add("b", tokens(2, 4), 12)
-            while not serving.scheduler.is_idle:
-                before = serving.view
-                serving.step()
+            for before in serving.rounds():
                 if serving.view.retractions > before.retractions:
                     assert len(serving.said["b"]) == len(serving.reqs["b"].output_ids)
             assert serving.view.retractions > 0

@@ -28,7 +28,7 @@ _POISON = 7
 class History:
     """What a scheduler is made of, and what is asked of it: a pasteable reproducer.
 
-    Actions are ("add", rid, prompt, new, stop words, namespace), ("abort", rid), ("retract",),
+    Actions are ("add", rid, prompt, new, stop words, namespace), ("abort", which), ("retract",),
     ("flush",) and ("step",); at the end it steps until nobody waits.
     """
 
@@ -90,7 +90,7 @@ def _actions(r: random.Random, half: int) -> list[tuple[Any, ...]]:
             number += 1
         happens = r.random()
         if happens < 0.08 and number:
-            actions.append(("abort", f"r{max(number - 1 - r.randrange(3), 0)}"))
+            actions.append(("abort", r.randrange(5)))
         elif happens < 0.10:
             actions.append(("retract",))
         if 0.09 < happens < 0.12:
@@ -132,8 +132,12 @@ class _Side:
         self.said[rid] = []
         self.scheduler.add_request(self.reqs[rid])
 
-    def abort(self, rid: str) -> None:
-        if rid in self.reqs and self.reqs[rid].state not in ("finished", "new"):
+    def abort(self, which: int) -> None:
+        """One of those that have not ended, the last live first."""
+        view = self.scheduler.view()
+        rids = [*reversed(view.live), *view.waiting]
+        if rids:
+            rid = rids[which % len(rids)]
             self.scheduler.abort_request(rid)
             self.happened[f"aborted, then {self.reqs[rid].state}"] += 1
 

@@ -1,6 +1,5 @@
 """What a live request has, and what it leaves. Spec: SCHED-8, SCHED-15 to 18, 24 and 28."""
 
-import itertools
 from typing import Any
 
 from kvspec.conformance import clause
@@ -68,14 +67,11 @@ class Running(SchedulerSuite):
                 [(1, 9, 12), (1, 13, 4), (2, 5, 9), (1, 9, 5), (3, 21, 9), (2, 1, 1)]
             ):
                 serving.add(f"{at}", tokens(first, length), new)
-            for step in itertools.count():
-                serving.step()
+            for step, _ in enumerate(serving.rounds()):
                 assert_owned(serving)
                 if step == 6:
                     serving.hear(serving.scheduler.retract_all())
                     assert_owned(serving)
-                if serving.scheduler.is_idle:
-                    break
             serving.assert_right()
             serving.assert_empty()
 
@@ -149,8 +145,7 @@ class Running(SchedulerSuite):
             stop = serving.right("a")
             serving.add("b", tokens(2, 4), 4)
             serving.reqs["b"].stop_token_ids = frozenset([serving.right("b")[2]])
-            while not serving.scheduler.is_idle:
-                serving.step()
+            serving.finish()
             assert serving.view.retractions == 0
             assert serving.said["a"] == stop
             serving.assert_right()
@@ -226,7 +221,7 @@ class Running(SchedulerSuite):
             serving.add("b", tokens(2, 9), 20)
             serving.step()
             used = 0
-            while not serving.scheduler.is_idle:
+            for _ in serving.rounds():
                 pages = 0
                 for rid, live in serving.view.live.items():
                     req = serving.reqs[rid]
@@ -237,7 +232,6 @@ class Running(SchedulerSuite):
                     assert live.allocated <= most
                     pages += -(-live.allocated // page_size)
                 assert serving.scheduler._get_token_info().num_used == pages * page_size
-                serving.step()
             serving.assert_right()
             serving.assert_empty()
             assert used > 0

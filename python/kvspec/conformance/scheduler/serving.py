@@ -209,12 +209,17 @@ class Serving:
 
     def finish(self, most: int = 300) -> int:
         """Rounds until nothing waits; how many."""
+        return sum(1 for _ in self.rounds(most))
+
+    def rounds(self, most: int = 300) -> Iterator[SchedulerView]:
+        """The same, one by one; what the view was before each."""
         rounds = 0
         while not self.scheduler.is_idle:
             assert rounds < most, f"SCHED-29: not done after {most} rounds: {self.view}"
+            before = self.view
             self.step()
             rounds += 1
-        return rounds
+            yield before
 
     def serve(self, rid: str, prompt: Sequence[int], new: int = 1, **options: Any) -> Req:
         """One request from beginning to end."""
