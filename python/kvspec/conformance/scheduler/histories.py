@@ -135,7 +135,7 @@ class _Side:
     def abort(self, which: int) -> None:
         """One of those that have not ended, the last live first."""
         view = self.scheduler.view()
-        rids = [*reversed(view.live), *view.waiting]
+        rids = [*list(view.live)[::-1], *view.waiting]
         if rids:
             rid = rids[which % len(rids)]
             self.scheduler.abort_request(rid)
