@@ -599,7 +599,9 @@ class FlushLeavesTheTree(Scheduler):
         return not self.live and not self.flights
 
 
-@registry.mutant("SCHED-27", "SCHED-26", "SCHED-16", "SCHED-17", reports=("SG-33783",))
+@registry.mutant(
+    *("SCHED-27", "SCHED-8", "SCHED-16", "SCHED-17", "SCHED-26"), reports=("SG-33783",)
+)
 class APauseKeepsItsLocks(Scheduler):
     """Nobody runs, and the prefixes of those who did cannot be evicted."""
 

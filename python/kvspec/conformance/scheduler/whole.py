@@ -95,7 +95,7 @@ class Whole(SchedulerSuite):
                 serving.assert_right()
                 return steps
 
-        small, large = work(64), work(4096)
+        small, large = work(64), work(1024)
         assert small == large
         for step in small:
             assert step["match_prefix"] == 0  # no row is free: nobody is looked at
