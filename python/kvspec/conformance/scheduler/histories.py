@@ -14,6 +14,7 @@ from typing import Any
 
 from kvspec.conformance.scheduler.serving import leaks_are_failures
 from kvspec.conformance.scheduler.worker import WordWorker, words
+from kvspec.interfaces.model_runner import ForwardBatch
 from kvspec.interfaces.observer import Operation
 from kvspec.scheduler import Req, Scheduler, ServerArgs
 
@@ -29,7 +30,8 @@ class History:
     """What a scheduler is made of, and what is asked of it: a pasteable reproducer.
 
     Actions are ("add", rid, prompt, new, stop words, namespace), ("abort", which), ("retract",),
-    ("flush",) and ("step",); at the end it steps until nobody waits.
+    ("flush",), ("fail", in how many steps of the worker) and ("step",); at the end it steps until
+    nobody waits.
     """
 
     worker: dict[str, Any]
@@ -45,7 +47,7 @@ class History:
 
 
 def draw(seed: int) -> History:
-    """A history of up to 13 requests, in a pool that has room for one to three of them."""
+    """A history of up to 13 requests, in a pool that has room for one or two of them."""
     r = random.Random(seed)
     page_size, window = r.choice([1, 2, 4, 16]), r.choice([None, None, 5, 8])
     drafts = r.choice([0, 0, 2, 4])
@@ -53,7 +55,7 @@ def draw(seed: int) -> History:
     need = -(-(longest + _MOST_NEW) // page_size)
     least = -(-(window or 0) // page_size) + 1 + -(-(drafts + 1) // page_size)
     worker = {
-        "pages": need + r.randrange(2 * need),
+        "pages": need + r.randrange(need),
         "page_size": page_size,
         "rows": rows,
         "context": 200,
@@ -77,7 +79,7 @@ def draw(seed: int) -> History:
 def _actions(r: random.Random, half: int) -> list[tuple[Any, ...]]:
     bases = [[r.randrange(50) for _ in range(half)] for _ in range(3)]
     actions: list[tuple[Any, ...]] = []
-    left = r.randrange(1, 14)
+    left = r.randrange(3, 14)
     number = 0
     while number < left or r.random() < 0.9:
         if number < left and r.random() < 0.5:
@@ -96,8 +98,14 @@ def _actions(r: random.Random, half: int) -> list[tuple[Any, ...]]:
             actions.append(("retract",))
         if 0.09 < happens < 0.12:
             actions.append(("flush",))
+        elif 0.12 < happens < 0.15:
+            actions.append(("fail", r.randrange(3)))
         actions.append(("step",))
     return actions
+
+
+class WorkerError(RuntimeError):
+    """What a worker raises when it is told to."""
 
 
 class _Side:
@@ -105,7 +113,8 @@ class _Side:
 
     def __init__(self, impl: ModuleType, history: History) -> None:
         name = "oracle" if impl.__name__.endswith("oracle") else "native"
-        self.worker = WordWorker(impl, **history.worker)
+        self.worker = WordWorker(impl, before=self._begin, **history.worker)
+        self.begun, self.fails_at = 0, -1
         self.worker.allocator.attach(self._fill)
         options = {"implementation": name, "check_every_step": True, **history.args}
         self.scheduler = Scheduler(ServerArgs(**options), self.worker)
@@ -124,9 +133,23 @@ class _Side:
         for page in books.swa.free if books.swa is not None else ():
             self.worker.swa[page * size : (page + 1) * size] = poison
 
+    def _begin(self, batch: ForwardBatch) -> None:
+        self.begun += 1
+        if self.begun - 1 == self.fails_at:
+            raise WorkerError(f"with {len(batch.seq_lens)} requests")
+
     def act(self, action: tuple[Any, ...]) -> None:
         with leaks_are_failures():
-            getattr(self, action[0])(*action[1:])
+            try:
+                getattr(self, action[0])(*action[1:])
+            except WorkerError:
+                self.happened["worker errors"] += 1
+                self.scheduler.check_memory()
+
+    def fail(self, steps: int) -> None:
+        """Only while no step is in flight, so that it is the same one on all sides."""
+        if self.scheduler.in_flight is None:
+            self.fails_at = self.begun + steps
 
     def add(self, rid: str, prompt: Sequence[int], new: int, stop: Any, space: Any) -> None:
         self.reqs[rid] = Req(rid, prompt, new, stop_token_ids=stop, extra_key=space)
@@ -179,9 +202,9 @@ class _Side:
             )
             assert req.finished_reason is not None, f"SCHED-29: {req} has not ended"
             kind, text = req.finished_reason
-            assert kind in ("stop", "length", "abort"), f"{req} ended with {kind}"
+            assert kind in ("stop", "length", "abort", "error"), f"{req} ended with {kind}"
             assert "SCHED-16" not in text, f"SCHED-16: {req} {text}"
-            whole = want if kind != "abort" else want[: len(self.said[rid])]
+            whole = want if kind in ("stop", "length") else want[: len(self.said[rid])]
             assert self.said[rid] == whole == list(req.output_ids), f"{req} says something else"
         assert self.scheduler.flush_cache()
         self.scheduler.check_memory()
