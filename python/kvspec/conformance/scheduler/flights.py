@@ -246,7 +246,8 @@ class Flights(SchedulerSuite):
             serving.worker.held = True
             if held_at == 2:
                 serving.step()
-            main = threading.main_thread().ident
+            assert threading.current_thread() is threading.main_thread()
+            main = threading.get_ident()
             timer = threading.Timer(0.02, signal.pthread_kill, [main, signal.SIGINT])
             timer.start()
             with pytest.raises(KeyboardInterrupt):
