@@ -161,6 +161,10 @@ class Scheduler(Protocol[GivenReq, GivenArgs]):
     is_hybrid: bool
     max_total_num_tokens: int
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, is live or in flight (SCHED-29)."""
+
     def init_memory_pool_and_cache(self, server_args: GivenArgs) -> None:
         """Take the worker's pools and make the cache over them (SCHED-1)."""
 
@@ -180,6 +184,9 @@ class Scheduler(Protocol[GivenReq, GivenArgs]):
 
     def flush_cache(self) -> bool:
         """Empty everything, unless somebody is live (SCHED-26). O(pool)."""
+
+    def close(self) -> None:
+        """End the thread that steps are computed in; what comes after is computed without one."""
 
     def check_memory(self) -> None:
         """Raise MemoryLeakError unless everything has one owner (SCHED-4). O(pool)."""
