@@ -75,21 +75,24 @@ class TestRequestLifecycleModel:
         assert bugs == {f"RequestLifecycleBug{bug}" for bug in known}
 
     @pytest.mark.parametrize(
-        ("old", "new", "broken"),
+        ("config", "old", "new", "broken"),
         [
             pytest.param(
+                "FinishesInSmallChunks",
                 'phase[r] \\in {"new", "finished"}',
                 'phase[r] \\in {"new", "finished", "waiting"}',
                 "SCHED_FlushOnlyIdle",
                 id="flushes_while_somebody_waits",
             ),
             pytest.param(
+                "Speculates",
                 '![r] = IF next = "waiting" THEN @ ELSE 0]',
                 "![r] = 0]",
                 "SCHED_OutputsStay",
                 id="retracts_the_outputs_too",
             ),
             pytest.param(
+                "",
                 "DecodeFrom == [r \\in Batch |-> committed[r] + Cardinality(StepsOf(r))]",
                 "DecodeFrom == [r \\in Batch |-> committed[r]]",
                 "SCHED_WrittenOnce",
@@ -97,10 +100,12 @@ class TestRequestLifecycleModel:
             ),
         ],
     )
-    def test_a_change_breaks_the_law(self, old: str, new: str, broken: str, tmp_path: Path) -> None:
+    def test_a_change_breaks_the_law(
+        self, config: str, old: str, new: str, broken: str, tmp_path: Path
+    ) -> None:
         faulty = mutated("RequestLifecycle", old, new, tmp_path)
 
-        run = tlc("MCRequestLifecycle", "RequestLifecycle", tmp_path, folder=faulty)
+        run = tlc("MCRequestLifecycle", f"RequestLifecycle{config}", tmp_path, folder=faulty)
 
         assert run.returncode in {Exit.INVARIANT_VIOLATED, Exit.PROPERTY_VIOLATED}, run.stdout
         assert f"{broken} is violated" in run.stdout
