@@ -31,7 +31,7 @@ Nobody   == {}
 
 Lawful ==
     /\ CACHE_1_OneOwner /\ CACHE_1_RowFollowsTree /\ CACHE_1_NoDanglingRow
-    /\ REQ_1_RowsOnce /\ SCHED_NothingLeftBehind
+    /\ REQ_1_RowsOnce /\ SCHED_8_NothingLeftBehind
     /\ \A i \in DOMAIN steps : \A r \in DOMAIN steps[i].pages :
          /\ Len(steps[i].pages[r]) <= Len(row[r])
          /\ steps[i].pages[r] = SubSeq(row[r], 1, Len(steps[i].pages[r]))
@@ -47,39 +47,39 @@ View ==
 -----------------------------------------------------------------------------
 PagesBeyond(r) == PagesFor(Len(row[r])) - PagesFor(committed[r])
 
-\* SCHED: of two who run one is retracted, while a third is between its chunks.
+\* SCHED-16: of two who run one is retracted, while a third is between its chunks.
 NeverRetractsWhileChunked ==
     \A r \in In("running") : CanRetract(r) => In("chunked") = {}
 
-\* SCHED: one runs, is short, and only who is in its prefill can go.
+\* SCHED-16: one runs, is short, and only who is in its prefill can go.
 NeverRetractsOnlyTheChunked ==
     \A r \in In("chunked") : CanRetract(r) => \E s \in In("running") : CanRetract(s)
 
-\* SCHED: of three who run two have to go, one after the other.
+\* SCHED-16: of three who run two have to go, one after the other.
 NeverRetractsTwo ==
     \A r \in In("running") : CanRetract(r) => \A s \in In("waiting") : sampled[s] = 0
 
-\* SCHED: who was retracted finds a page in the tree that only its own outputs can have made.
+\* SCHED-17: who was retracted finds a page in the tree that only its own outputs can have made.
 NeverResumesFromItsOutputs ==
     \A r \in In("waiting") : sampled[r] > 0 => Len(Match(r)) * PageSize <= PromptLength[r]
 
-\* SCHED: its text has ended, the next step has it nevertheless, and a page for its extra token.
+\* SCHED-22: its text has ended, the next step has it nevertheless, and a page for its extra token.
 NeverLeavingHasExtraPage ==
     \A r \in In("leaving") : reason[r] = "done" /\ IsNamed(r) => PagesBeyond(r) = 0
 
-\* SCHED: a step is in flight that names nobody but who is leaving.
+\* SCHED-22: a step is in flight that names nobody but who is leaving.
 NeverComputesForNobody ==
     \A i \in DOMAIN steps : \E r \in DOMAIN steps[i].pages : phase[r] # "leaving"
 
-\* SCHED: a request is between its chunks, within a page, and may be given up.
+\* SCHED-19: a request is between its chunks, within a page, and may be given up.
 NeverChunkedMidPage ==
     \A r \in In("chunked") : IsNamed(r) \/ committed[r] % PageSize = 0
 
-\* SCHED: a request was given up while two steps that name it are in flight.
+\* SCHED-19: a request was given up while two steps that name it are in flight.
 NeverAbortedInTwoSteps ==
     \A r \in In("leaving") : reason[r] = "aborted" => Cardinality(StepsOf(r)) < 2
 
-\* SCHED: a request was given up while its chunk is in flight.
+\* SCHED-19: a request was given up while its chunk is in flight.
 NeverAbortedInPrefill ==
     \A i \in DOMAIN steps : steps[i].kind = "prefill" => \A r \in In("leaving") : i \notin StepsOf(r)
 
@@ -95,7 +95,7 @@ NeverReleasesDuplicateInFlight ==
 NeverRetractsDuplicate ==
     \A r \in Requests : CanRetract(r) => Duplicates(Without(tree, Unlocked), r, committed[r]) = {}
 
-\* SCHED: there is a page for a first chunk, but those who run need it next.
+\* SCHED-11: there is a page for a first chunk, but those who run need it next.
 NeverWaitsForRoom ==
     \A r \in In("waiting") :
         LET have == Cardinality(free) + Cardinality(Unlocked \ Prefixes(Match(r)))

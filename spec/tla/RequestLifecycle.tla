@@ -120,16 +120,16 @@ Init ==
     /\ steps = <<>>
 
 -----------------------------------------------------------------------------
-\* SCHED: who is leaving and in no step any more is released before anything else is done.
+\* SCHED-22: who is leaving and in no step any more is released before anything else is done.
 IsReleasable(r) == phase[r] = "leaving" /\ (~IsNamed(r) \/ Bug = "releases in flight")
 Quiet   == \A r \in Requests : ~IsReleasable(r)
 Settled == Quiet /\ steps = <<>>
 
-\* SCHED: the slots that a request may ever have at once; the token sampled last has none.
+\* SCHED-8: the slots that a request may ever have at once; the token sampled last has none.
 MostSlots(r) == Len(Text[r]) - 1 + IF Bug = "forgets what is speculated" THEN 0 ELSE SpecTokens
 Fits(r)      == PagesFor(MostSlots(r)) <= PageCount
 
-\* SCHED: a request that could not run in an empty pool is rejected, and never owns anything.
+\* SCHED-7: a request that could not run in an empty pool is rejected, and never owns anything.
 Add(r) ==
     /\ phase[r] = "new" /\ Quiet
     /\ phase' = [phase EXCEPT ![r] = IF Fits(r) THEN "waiting" ELSE "finished"]
@@ -166,7 +166,7 @@ Step(kind, from, size, names) ==
     [kind |-> kind, from |-> from,
      pages |-> [r \in DOMAIN size |-> SubSeq(names[r], 1, size[r])]]
 
-\* SCHED: whoever goes on is given slots up to size; what is short is evicted, and no more; then the
+\* SCHED-13: whoever goes on is given slots up to size; what is short is evicted, and no more; then the
 \* step is launched with a snapshot of the rows.
 Launch(kind, from, size, names, may) ==
     LET S     == DOMAIN size
@@ -178,18 +178,18 @@ Launch(kind, from, size, names, may) ==
                 /\ row' = after.names
                 /\ steps' = Append(steps, Step(kind, from, size, after.names))
 
-\* SCHED: who decodes next: not who has reached its length when all that is in flight is settled.
+\* SCHED-15: who decodes next: not who has reached its length when all that is in flight is settled.
 Batch == { r \in In("running") : sampled[r] + Cardinality(StepsOf(r)) < MaxOutputs(r) }
 
-\* SCHED: slots for the token sampled last and for what is speculated, those in flight before.
+\* SCHED-24: slots for the token sampled last and for what is speculated, those in flight before.
 DecodeFrom == [r \in Batch |-> committed[r] + Cardinality(StepsOf(r))]
 DecodeSize == [r \in Batch |-> DecodeFrom[r] + 1 + SpecTokens]
 DecodeNeed == Sum(Batch, [r \in Batch |-> PagesTo(r, DecodeSize[r])])
 
-\* SCHED: a prefill leaves those who run the pages that they need next.
+\* SCHED-11: a prefill leaves those who run the pages that they need next.
 Reserve == IF Bug = "admits without room" THEN 0 ELSE DecodeNeed
 
-\* SCHED: the prefill of a request that was retracted is of its prompt and its outputs.
+\* SCHED-17: the prefill of a request that was retracted is of its prompt and its outputs.
 Target(r) == IF Bug = "resumes without outputs" THEN PromptLength[r] ELSE Tokens(r)
 
 \* The next chunk of r, of which `from` tokens have KV in the row `names` and `path` is locked.
@@ -201,10 +201,10 @@ LaunchPrefill(r, budget, from, path, names) ==
         /\ Launch("prefill", [s \in {r} |-> from], [s \in {r} |-> size],
                   [row EXCEPT ![r] = names], may)
 
-\* RADIX-1: what the tree has of the tokens; SCHED: the last one is always computed.
+\* RADIX-1: what the tree has of the tokens; SCHED-12: the last one is always computed.
 Match(r) == Found(tree, PathOf(r, WholeFor(Target(r) - 1)))
 
-\* REQ-2, CACHE-11: a row, the match and a lock on it.  SCHED: one request at a time is in its
+\* REQ-2, CACHE-11: a row, the match and a lock on it.  SCHED-14: one request at a time is in its
 \* prefill; if there is no room for its chunk nothing is taken.
 Admit(r, budget) ==
     LET found == Match(r)
@@ -226,7 +226,7 @@ NextChunk(r, budget) ==
     /\ LaunchPrefill(r, budget, committed[r], lock[r], row[r])
     /\ UNCHANGED <<freeRows, phase, reason, index, lengths, lock>>
 
-\* SCHED: a decode step may be launched over the one before; not if it speculates.
+\* SCHED-22: a decode step may be launched over the one before; not if it speculates.
 MayDecode ==
     /\ Quiet /\ Batch # {}
     /\ Len(steps) <= IF SpecTokens = 0 THEN 1 ELSE 0
@@ -257,7 +257,7 @@ CacheUnfinished(r, n) ==
         /\ lock' = [lock EXCEPT ![r] = PathAt(r, whole)]
         /\ protected' = [protected EXCEPT ![r] = whole]
 
-\* SCHED: a chunk has KV; after the last one a token is sampled.  Who ended meanwhile is left as it
+\* SCHED-14: a chunk has KV; after the last one a token is sampled.  Who ended meanwhile is left as it
 \* is; who ends now is released, and not cached before.
 SettlePrefill(r, ends) ==
     LET size == Len(Head(steps).pages[r])
@@ -276,7 +276,7 @@ SettlePrefill(r, ends) ==
                 /\ UNCHANGED index
         /\ UNCHANGED freeRows
 
-\* SCHED: everyone has one token more, and of what was speculated as many as proved right.  Who ended
+\* SCHED-24: everyone has one token more, and of what was speculated as many as proved right.  Who ended
 \* meanwhile gets none: its token is thrown away.
 SettleDecode(ending, right) ==
     LET S       == DOMAIN Head(steps).pages \cap In("running")
@@ -305,7 +305,7 @@ End(r, next) ==
     ELSE IF Bug = "forgets the tail" /\ next = "waiting" THEN 0
     ELSE Len(row[r])
 
-\* SCHED, CACHE-4, REQ-5, CACHE-12: whole committed pages stay in the tree; duplicates, the tail, what
+\* SCHED-18, CACHE-4, REQ-5, CACHE-12: whole committed pages stay in the tree; duplicates, the tail, what
 \* was allocated beyond it, the row and the lock go back.  Outputs stay with who waits again.
 Leave(r, next, map, pool) ==
     LET keepsRow  == Bug = "abort of chunked keeps row" /\ phase[r] = "chunked" /\ next = "finished"
@@ -323,13 +323,13 @@ Leave(r, next, map, pool) ==
         /\ lock' = [lock EXCEPT ![r] = IF keepsLock THEN @ ELSE Root]
         /\ UNCHANGED steps
 
-\* SCHED: who is leaving is released as soon as no step in flight names it.
+\* SCHED-22: who is leaving is released as soon as no step in flight names it.
 Release(r) == IsReleasable(r) /\ Leave(r, "finished", tree, free) /\ UNCHANGED reason
 
-\* SCHED: decode is short, whatever is evicted.
+\* SCHED-16: decode is short, whatever is evicted.
 IsShort == Settled /\ Batch # {} /\ DecodeNeed > Room
 
-\* SCHED: of those who run one that has no fewer outputs than the victim stays; who is in its prefill
+\* SCHED-16: of those who run one that has no fewer outputs than the victim stays; who is in its prefill
 \* may go too, for there may be nobody else.
 IsVictim(r) ==
     \/ phase[r] = "chunked" /\ Bug # "spares the chunked"
@@ -339,13 +339,13 @@ IsVictim(r) ==
 
 CanRetract(r) == IsShort /\ IsVictim(r)
 
-\* SCHED: all that could be is evicted, and decode still short: a victim waits again.
+\* SCHED-16: all that could be is evicted, and decode still short: a victim waits again.
 Retract(r) ==
     /\ CanRetract(r)
     /\ Leave(r, "waiting", Without(tree, Unlocked), free \cup { tree[p] : p \in Unlocked })
     /\ UNCHANGED reason
 
-\* SCHED: a request may be given up whatever it does: at once, or when no step names it any more.
+\* SCHED-19: a request may be given up whatever it does: at once, or when no step names it any more.
 Abort(r) ==
     /\ Quiet
     /\ reason' = [reason EXCEPT ![r] = "aborted"]
@@ -359,10 +359,10 @@ Abort(r) ==
           /\ phase' = [phase EXCEPT ![r] = "leaving"]
           /\ UNCHANGED <<free, tree, freeRows, index, row, lengths, lock, steps>>
 
-\* SCHED: nobody waits, runs or leaves, and no step is in flight.
+\* SCHED-26: nobody waits, runs or leaves, and no step is in flight.
 Idle == steps = <<>> /\ \A r \in Requests : phase[r] \in {"new", "finished"}
 
-\* SCHED, CACHE-15: tree and pools begin anew.
+\* SCHED-26, CACHE-15: tree and pools begin anew.
 Flush ==
     /\ Idle /\ DOMAIN tree # {}
     /\ tree' = <<>>
@@ -402,54 +402,54 @@ CACHE_1_NoDanglingRow ==
         /\ Range(row[r]) \cap free = {}
         /\ \A s \in Holders \ {r} : Range(row[r]) \cap Own(s) = {}
 
-\* SCHED: what a step in flight names is not free, nor anybody else's to write.
-SCHED_NamedIsHeld ==
+\* SCHED-22: what a step in flight names is not free, nor anybody else's to write.
+SCHED_22_NamedIsHeld ==
     \A i \in DOMAIN steps : \A r \in DOMAIN steps[i].pages :
         /\ Range(steps[i].pages[r]) \cap free = {}
         /\ \A s \in Holders \ {r} : Range(steps[i].pages[r]) \cap Own(s) = {}
 
-\* SCHED: what it writes is its request's, and in no tree where another one could find it.
-SCHED_WrittenIsOwn ==
+\* SCHED-22: what it writes is its request's, and in no tree where another one could find it.
+SCHED_22_WrittenIsOwn ==
     \A i \in DOMAIN steps : \A r \in DOMAIN steps[i].pages :
         LET pages == steps[i].pages[r]
         IN  { pages[k] : k \in steps[i].from[r] + 1..Len(pages) } \subseteq Own(r) \ Range(tree)
 
-\* SCHED: no slot is written by two steps, and none left out between them.
-SCHED_WrittenOnce ==
+\* SCHED-23: no slot is written by two steps, and none left out between them.
+SCHED_23_WrittenOnce ==
     \A i, j \in DOMAIN steps : i < j =>
         \A r \in DOMAIN steps[i].pages \cap DOMAIN steps[j].pages :
             steps[j].from[r] = Len(steps[i].pages[r])
 
-\* SCHED: all that is committed is what a request must have to decode its next token.
-SCHED_KvIsComplete == \A r \in In("running") : committed[r] = Tokens(r) - 1
+\* SCHED-17: all that is committed is what a request must have to decode its next token.
+SCHED_17_KvIsComplete == \A r \in In("running") : committed[r] = Tokens(r) - 1
 
-\* SCHED: who waits or has ended has no page, row or lock.
-SCHED_NothingLeftBehind ==
+\* SCHED-8: who waits or has ended has no page, row or lock.
+SCHED_8_NothingLeftBehind ==
     \A r \in Requests \ Holders :
         index[r] = 0 /\ row[r] = <<>> /\ lock[r] = Root /\ protected[r] = 0 /\ ~IsNamed(r)
 
-\* SCHED: who leaves or has left says why, once and for all; who was rejected could not have run.
-SCHED_ReasonGiven ==
+\* SCHED-19: who leaves or has left says why, once and for all; who was rejected could not have run.
+SCHED_19_ReasonGiven ==
     \A r \in Requests :
         /\ (reason[r] = "none") <=> phase[r] \notin {"leaving", "finished"}
         /\ reason[r] = "rejected" => phase[r] = "finished" /\ ~Fits(r)
-SCHED_ReasonStays == [][\A r \in Requests : reason[r] \in {"none", reason'[r]}]_vars
+SCHED_19_ReasonStays == [][\A r \in Requests : reason[r] \in {"none", reason'[r]}]_vars
 
-\* SCHED: one request at a time is in its prefill, and a step of it is in flight alone.
-SCHED_OneChunked ==
+\* SCHED-14: one request at a time is in its prefill, and a step of it is in flight alone.
+SCHED_14_OneChunked ==
     /\ Cardinality(In("chunked")) <= 1
     /\ \A i \in DOMAIN steps : steps[i].kind = "prefill" => Len(steps) = 1
 
-\* SCHED: two decode steps are in flight at most, and one that speculates alone.
-SCHED_OverlapOfTwo == Len(steps) <= IF SpecTokens = 0 THEN 2 ELSE 1
+\* SCHED-22: two decode steps are in flight at most, and one that speculates alone.
+SCHED_22_OverlapOfTwo == Len(steps) <= IF SpecTokens = 0 THEN 2 ELSE 1
 
 \* REQ-1: every row is free or of one request.
 REQ_1_RowsOnce ==
     /\ freeRows \cup { index[r] : r \in Holders } = Rows
     /\ Cardinality(freeRows) + Cardinality(Holders) = RowCount
 
-\* SCHED: when nobody is there the tree has all that is not free, all rows are free, no lock is held.
-SCHED_IdleHasAll ==
+\* SCHED-8: when nobody is there the tree has all that is not free, all rows are free, no lock is held.
+SCHED_8_IdleHasAll ==
     Idle => /\ free \cup Range(tree) = Pages /\ free \cap Range(tree) = {}
             /\ freeRows = Rows /\ Locked = {}
 
@@ -457,20 +457,20 @@ SCHED_IdleHasAll ==
 RADIX_5_PrefixClosed == IsPrefixClosed(DOMAIN tree)
 RADIX_11_LockedIsResident == Locked \subseteq DOMAIN tree
 
-\* SCHED: of those who run the one with the most outputs is never retracted.
-SCHED_MostOutputsStays ==
+\* SCHED-16: of those who run the one with the most outputs is never retracted.
+SCHED_16_MostOutputsStays ==
     [][\A r \in Requests : phase[r] = "running" /\ phase'[r] = "waiting" =>
         \E s \in Requests \ {r} : phase'[s] = "running" /\ sampled[s] >= sampled[r]]_vars
 
-\* SCHED: as long as a request has not ended it keeps its outputs.
-SCHED_OutputsStay ==
+\* SCHED-17: as long as a request has not ended it keeps its outputs.
+SCHED_17_OutputsStay ==
     [][\A r \in Requests : phase'[r] # "finished" => sampled'[r] >= sampled[r]]_vars
 
-\* SCHED, CACHE-15: the tree is emptied, and nothing else done, only when nobody is there.
-SCHED_FlushOnlyIdle ==
+\* SCHED-26, CACHE-15: the tree is emptied, and nothing else done, only when nobody is there.
+SCHED_26_FlushOnlyIdle ==
     [][DOMAIN tree # {} /\ DOMAIN tree' = {} /\ requests' = requests =>
         steps = <<>> /\ steps' = <<>> /\ Holders = {} /\ In("waiting") = {}]_vars
 
-\* SCHED: everyone is finished some day.
-SCHED_EveryoneFinishes == <>(\A r \in Requests : phase[r] = "finished")
+\* SCHED-29: everyone is finished some day.
+SCHED_29_EveryoneFinishes == <>(\A r \in Requests : phase[r] = "finished")
 =============================================================================

@@ -8,12 +8,12 @@ from kvspec.conformance import clause
 from model.tlc import MODEL, TLA, Exit, assert_reached, fired, mutated, reach_configurations, tlc
 
 BROKEN = {
-    "AbortOfChunkedKeepsRow": "SCHED_NothingLeftBehind",
+    "AbortOfChunkedKeepsRow": "SCHED_8_NothingLeftBehind",
     "ForgetsTheTail": "CACHE_1_OneOwner",
     "FreesCommittedOnly": "CACHE_1_OneOwner",
-    "KeepsLockOnRetract": "SCHED_NothingLeftBehind",
-    "ReleasesInFlight": "SCHED_NamedIsHeld",
-    "ResumesWithoutOutputs": "SCHED_KvIsComplete",
+    "KeepsLockOnRetract": "SCHED_8_NothingLeftBehind",
+    "ReleasesInFlight": "SCHED_22_NamedIsHeld",
+    "ResumesWithoutOutputs": "SCHED_17_KvIsComplete",
 }
 STUCK = {
     "AdmitsWithoutRoom": "Back to state",
@@ -26,7 +26,9 @@ STUCK = {
 class TestRequestLifecycleModel:
     impl = MODEL
 
-    @clause("CACHE-1", "CACHE-4", "REQ-1")
+    @clause(
+        "CACHE-1", "CACHE-4", "REQ-1", "SCHED-8", "SCHED-16", "SCHED-19", "SCHED-22", "SCHED-26"
+    )
     @pytest.mark.parametrize("config", ["RequestLifecycle", "RequestLifecycleSpeculates"])
     def test_holds_and_every_action_fires(self, config: str, tmp_path: Path) -> None:
         """With steps that overlap, and with steps that speculate."""
@@ -35,6 +37,7 @@ class TestRequestLifecycleModel:
         assert run.returncode == Exit.HOLDS, run.stdout
         assert all(fired(run).values()), fired(run)
 
+    @clause("SCHED-29")
     @pytest.mark.parametrize("config", ["", "InSmallChunks", "Speculating"])
     def test_every_request_is_finished(self, config: str, tmp_path: Path) -> None:
         """Nothing but that the scheduler goes on is assumed: not even in which order."""
@@ -66,7 +69,7 @@ class TestRequestLifecycleModel:
         run = tlc("MCRequestLifecycle", "RequestLifecycleBugRetractsTheMostOutputs", tmp_path)
 
         assert run.returncode == Exit.PROPERTY_VIOLATED, run.stdout
-        assert "Action property SCHED_MostOutputsStays is violated" in run.stdout
+        assert "Action property SCHED_16_MostOutputsStays is violated" in run.stdout
 
     def test_every_configuration_is_checked(self) -> None:
         bugs = {path.stem for path in TLA.glob("RequestLifecycleBug*.cfg")}
@@ -81,21 +84,21 @@ class TestRequestLifecycleModel:
                 "FinishesInSmallChunks",
                 'phase[r] \\in {"new", "finished"}',
                 'phase[r] \\in {"new", "finished", "waiting"}',
-                "SCHED_FlushOnlyIdle",
+                "SCHED_26_FlushOnlyIdle",
                 id="flushes_while_somebody_waits",
             ),
             pytest.param(
                 "Speculates",
                 '![r] = IF next = "waiting" THEN @ ELSE 0]',
                 "![r] = 0]",
-                "SCHED_OutputsStay",
+                "SCHED_17_OutputsStay",
                 id="retracts_the_outputs_too",
             ),
             pytest.param(
                 "",
                 "DecodeFrom == [r \\in Batch |-> committed[r] + Cardinality(StepsOf(r))]",
                 "DecodeFrom == [r \\in Batch |-> committed[r]]",
-                "SCHED_WrittenOnce",
+                "SCHED_23_WrittenOnce",
                 id="overlapping_steps_write_one_slot",
             ),
         ],
