@@ -278,10 +278,12 @@ class PagedAttention:
         """
         requests, heads, new, dim = query.shape
         kv_heads = keys.shape[1]
+        found: Tensor
         if group.causal:
-            return scaled_dot_product_attention(
+            found = scaled_dot_product_attention(
                 query, keys, values, is_causal=True, scale=call.scaling, enable_gqa=heads > kv_heads
             )
+            return found
         packed = query.reshape(requests, kv_heads, -1, dim)
         if call.softcap is None and call.sinks is None:
             found = scaled_dot_product_attention(
