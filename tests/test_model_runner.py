@@ -2,14 +2,14 @@
 
 import kvspec
 import kvspec.oracle
-from kvspec.conformance.model_runner import ModelRunnerConformance
+from kvspec.conformance.model_runner import ModelRunnerConformance, ModelRunnerToolsConformance
 from needs import native
 
 
-class TestOracle(ModelRunnerConformance):
+class TestOracle(ModelRunnerConformance, ModelRunnerToolsConformance):
     impl = kvspec.oracle
 
 
 @native
-class TestNative(ModelRunnerConformance):
+class TestNative(ModelRunnerConformance, ModelRunnerToolsConformance):
     impl = kvspec

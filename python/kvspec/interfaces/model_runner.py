@@ -11,7 +11,7 @@ __all__ = ["ForwardBatch", "GenerationBatchResult", "ModelWorker"]
 
 
 class ForwardBatch(NamedTuple):
-    """The work of one step (RUN-6). Tensors are int64, on the CPU, and nobody changes them any more.
+    """The work of one step (RUN-6). Tensors are int64, on the CPU; nobody changes them any more.
 
     The new tokens of all requests stand one after the other: request `i` brings `extend_lens[i]`,
     which are the last of its `seq_lens[i]` tokens. A prompt's chunk, one decoded token and the

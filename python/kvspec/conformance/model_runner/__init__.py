@@ -3,14 +3,16 @@
 import inspect
 import threading
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-import kvspec.model_runner
+import kvspec.model_runner.runner
 from kvspec.conformance import clause
 from kvspec.conformance.model_runner.driving import (
     VOCABULARY,
@@ -20,24 +22,29 @@ from kvspec.conformance.model_runner.driving import (
     tiny,
     tokens_of,
 )
-from kvspec.conformance.model_runner.tools import ToolsConformance
-from kvspec.conformance.suite import MUTANT
+from kvspec.conformance.model_runner.tools import ModelRunnerToolsConformance
+from kvspec.conformance.suite import MUTANT, Conformance
 from kvspec.conformance.watch import watch_function, watch_made
 from kvspec.errors import ContractError
 from kvspec.interfaces.model_runner import ForwardBatch
 from kvspec.model_runner import TinyKind, packed
+from kvspec.model_runner.decoder import Decoder
 
-__all__ = ["ModelRunnerConformance"]
+__all__ = ["ModelRunnerConformance", "ModelRunnerToolsConformance"]
 
 KINDS = ["llama", "qwen3", "gpt_neox", "mistral", "hybrid", "softcap", "sinks"]
 WINDOWED = ["mistral", "hybrid", "softcap", "sinks"]
 UNEQUAL = (37, 5, 21, 50, 9, 33, 17, 12)
 
 
-class ModelRunnerConformance(ToolsConformance):
-    """`impl` may hold a class `ModelRunner`, or a function of its module, which then stands in for
-    that of kvspec. The pools are those of `impl`.
+class ModelRunnerConformance(Conformance):
+    """`impl` may hold a class `ModelRunner`, which then stands in for that of kvspec. The pools are
+    those of `impl`. A mutant looks at each model once, and goes through fewer kinds of them.
     """
+
+    def passed_over(self, case: bool) -> bool:
+        """Whether it is a case that a mutant need not go through."""
+        return self.impl_name == MUTANT and case
 
     def runner(self, kind: TinyKind = "llama", *, model: Any = None, **given: Any) -> Any:
         """A runner of a tiny model, with logits kept; its methods are watched."""
@@ -54,14 +61,15 @@ class ModelRunnerConformance(ToolsConformance):
             "implementation": "native" if self.impl_name == "native" else "oracle",
             **given,
         }
-        model = tiny(kind) if model is None else model
         with one_thread():
-            if self.impl_name == MUTANT:
+            if self.impl_name == MUTANT and model is None:
+                with mock.patch.object(kvspec.model_runner.runner, "Decoder", _looked_at):
+                    made = cls(tiny(kind), **arguments)
+            elif self.impl_name == MUTANT:
                 made = cls(model, **arguments)
             else:
-                made = watch_made(
-                    self.impl_name, "__init__", cls, None, "model_runner", model=model, **arguments
-                )
+                given = {"model": tiny(kind) if model is None else model, **arguments}
+                made = watch_made(self.impl_name, "__init__", cls, None, "model_runner", **given)
         return self._watched(made)
 
     def _watched(self, made: Any) -> Any:
@@ -138,6 +146,8 @@ class ModelRunnerConformance(ToolsConformance):
         self, kind: TinyKind, page_size: int
     ) -> None:
         """Chunks that end in mid-page, drafts, decoding, who comes late; all else is poison."""
+        if self.passed_over((kind, page_size) not in (("llama", 16), ("hybrid", 1), ("sinks", 1))):
+            return
         driven = self.driven(kind, UNEQUAL, page_size=page_size)
         driven.step((20, 1, 0, 7, 5, 0, 0, 0))
         driven.step((13, 1, 5, 30, 1, 3, 0, 4))
@@ -149,6 +159,8 @@ class ModelRunnerConformance(ToolsConformance):
     @clause("RUN-3")
     @pytest.mark.parametrize("page_size", [1, 16])
     def test_a_request_alone_is_served_token_by_token_too(self, page_size: int) -> None:
+        if self.passed_over(page_size == 1):
+            return
         driven = self.driven("llama", (30,), page_size=page_size)
         driven.step((19,))
         for _ in range(11):
@@ -181,11 +193,13 @@ class ModelRunnerConformance(ToolsConformance):
     def test_the_rows_of_the_new_tokens_are_written_and_no_other(
         self, page_size: int, kind: TinyKind
     ) -> None:
+        if self.passed_over(page_size == 1):
+            return
         driven = self.driven(kind, (14, 9), page_size=page_size)
-        driven.step((6, 3))
+        driven.step((6, 3), compare=False)
         before = driven.bytes_of()
         written = torch.cat([driven.slots[0][6:9], driven.slots[1][3:4]])
-        driven.step((3, 1))
+        driven.step((3, 1), compare=False)
         pairs = written
         if kind == "hybrid":
             pairs = driven.allocator.translate_loc_from_full_to_swa(written).long()
@@ -227,6 +241,8 @@ class ModelRunnerConformance(ToolsConformance):
         self, page_size: int, kind: TinyKind
     ) -> None:
         """As far as the pages go that no later token attends to, the last one included."""
+        if self.passed_over((kind, page_size) != ("hybrid", 4)):
+            return
         driven = self.driven(kind, (44, 23), page_size=page_size)
         evicted = [0, 0]
         for new in ((10, 3), (9, 1), (1, 1), (1, 1), (3, 12), (1, 1), (12, 1), (7, 3)):
@@ -244,15 +260,13 @@ class ModelRunnerConformance(ToolsConformance):
     @clause("RUN-7")
     def test_a_window_with_a_hole_is_refused(self) -> None:
         driven = self.driven("hybrid", (20,))
-        driven.step((12,))
+        driven.step((12,), compare=False)
         driven.allocator.free_swa(driven.slots[0][5:6])  # seen by position 12, of 5 to 12
         before = driven.bytes_of()
         batch = packed([(tokens_of(0, 20)[12:13], driven.slots[0][:13])])
         with pytest.raises(ContractError, match=r"RUN-7: slot \d+, within the window of request 0"):
             driven.runner.forward_batch_generation(batch)
         assert all(map(torch.equal, before, driven.bytes_of()))
-        driven.allocator.free_swa(driven.slots[0][:5])
-        driven.done[0] = 12
 
     # -- what is refused -------------------------------------------------------------------------
 
@@ -264,12 +278,12 @@ class ModelRunnerConformance(ToolsConformance):
     def test_a_batch_that_is_none_is_refused(self, fault: str) -> None:
         runner = self.runner(context_length=16)
         driven = Driven(runner, "llama", (16,))
-        driven.step((4,))
+        driven.step((4,), compare=False)
         before = driven.bytes_of()
         with pytest.raises(ContractError, match="RUN-6: "):
             runner.forward_batch_generation(_spoilt(driven, fault))
         assert all(map(torch.equal, before, driven.bytes_of()))
-        driven.step((3,))
+        driven.step((3,), compare=False)
 
     @clause("RUN-8")
     @pytest.mark.parametrize(
@@ -328,6 +342,7 @@ class ModelRunnerConformance(ToolsConformance):
         model.train()
         try:
             runner = self.runner("softcap")
+            assert model.training
             model.eval()
             with torch.no_grad():
                 before = model(input_ids=ids).logits
@@ -391,7 +406,7 @@ class ModelRunnerConformance(ToolsConformance):
     def test_a_step_is_one_call_of_the_model(self, kind: TinyKind, rows: int, calls: int) -> None:
         """Contexts of 33 to 40 stand together, those of 12 do not; of a window none is longer."""
         driven = self.driven(kind, (40, 33, 36, 38, 12))
-        driven.step((39, 32, 35, 37, 11))
+        driven.step((39, 32, 35, 37, 11), compare=False)
         before = driven.runner.counters()
         writes = []
         write = driven.kvcache.set_kv_buffer
@@ -401,7 +416,7 @@ class ModelRunnerConformance(ToolsConformance):
             write(layer, loc, *given)
 
         driven.kvcache.set_kv_buffer = counted
-        driven.step((1, 1, 1, 1, 1))
+        driven.step((1, 1, 1, 1, 1), compare=False)
         assert writes == [(layer, 5) for layer in range(4)]
         cost = {name: count - before[name] for name, count in driven.runner.counters().items()}
         assert cost == {
@@ -410,6 +425,11 @@ class ModelRunnerConformance(ToolsConformance):
             "attention_calls": calls,
             "kv_rows_read": rows,
         }
+
+
+@cache
+def _looked_at(model: Any) -> Decoder:
+    return Decoder(model)
 
 
 def _spoilt(driven: Driven, fault: str) -> ForwardBatch:
