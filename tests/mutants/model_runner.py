@@ -170,7 +170,7 @@ class PadsWithTheSink(PagedAttention):
         return group._replace(slots=slots.flatten())
 
 
-@mutant("RUN-5", "RUN-3", "RUN-4", "RUN-7")
+@mutant("RUN-5", "RUN-2", "RUN-3", "RUN-4", "RUN-7")
 class ReadsWindowLayersByFullSlots(PagedAttention):
     """As far as the window pool has such rows."""
 
