@@ -15,6 +15,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 
 if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
+    from kvspec.generate_cache import KvspecCache
     from kvspec.instrumentation import Instrument, instrument
     from kvspec.memory_budget import MemoryBudget
     from kvspec.native import (
@@ -52,6 +53,7 @@ __all__ = [
     "HostKVCache",
     "Instrument",
     "KVCache",
+    "KvspecCache",
     "MHATokenToKVPool",
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
@@ -89,6 +91,7 @@ __version__ = "0.1.0"
 _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
+    "KvspecCache": "generate_cache",
     "MemoryBudget": "memory_budget",
     "Poison": "poison",
     "instrument": "instrumentation",
