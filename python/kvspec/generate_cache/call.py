@@ -50,10 +50,8 @@ class Sequence:
 
     pads: int
     extra_key: ExtraKey
-    origin_input_ids: Tokens = field(default_factory=list)
-    """The tokens that have KV in every layer, from the first that is no padding."""
-    output_ids: Tokens = field(default_factory=list)
-    """Always empty: what was sampled and not computed has no KV and is not known here."""
+    tokens: Tokens = field(default_factory=list)
+    """Those that have KV in every layer, from the first that is no padding."""
     slots: list[int] = field(default_factory=list)
     """Of its row: those of these tokens, and any that were taken for tokens given up since."""
     coming: Tokens = field(default_factory=list)
@@ -63,10 +61,11 @@ class Sequence:
     last_node: NodeHandle | None = None
     cache_protected_len: int = 0
     lock_receipt: LockReceipt | None = None
-
-    @property
-    def fill_ids(self) -> Tokens:
-        return self.origin_input_ids
+    origin_input_ids: Sequenced[int] = ()
+    """The tokens, once the sequence is at its end."""
+    output_ids: Sequenced[int] = ()
+    """Always empty: what was sampled and not computed has no KV and is not known here."""
+    fill_ids: Sequenced[int] = ()
 
 
 class Call:
@@ -127,7 +126,7 @@ class Call:
         self.columns = reused
         self._slots = self._columns_of(range(reused))
         self._seen = [reused] * self.pools.kvcache.layer_num
-        self._cached = sum(len(sequence.origin_input_ids) for sequence in self.sequences)
+        self._cached = sum(len(sequence.tokens) for sequence in self.sequences)
         return reused
 
     def _lookup(self, prompt: Tokens, computed: int) -> Tensor:
@@ -153,7 +152,7 @@ class Call:
         sequence.req_pool_idx = row[0]
         rows.write((row[0], slice(0, whole)), match.device_indices)
         sequence.slots = match.device_indices.tolist()
-        sequence.origin_input_ids = prompt[:whole]
+        sequence.tokens = prompt[:whole]
         sequence.prefix_indices, sequence.last_node = match.device_indices, match.last_device_node
         sequence.cache_protected_len = whole
 
@@ -170,9 +169,7 @@ class Call:
         try:
             for sequence, prompt, stop in partial:
                 at = sequence.cache_protected_len
-                match = tree.match_prefix(
-                    prompt[: at + tree.page_size], extra_key=self.extra_key
-                )
+                match = tree.match_prefix(prompt[: at + tree.page_size], extra_key=self.extra_key)
                 assert match.last_device_node is not None
                 receipts.append(tree.inc_lock_ref(match.last_device_node))
                 sources += match.device_indices[at:stop].tolist()
@@ -180,7 +177,7 @@ class Call:
             targets = [slot for s, *_ in partial for slot in s.slots[s.cache_protected_len :]]
             self.pools.kvcache.move_kv_cache(targets, sources)
             for sequence, prompt, stop in partial:
-                sequence.origin_input_ids = prompt[:stop]
+                sequence.tokens = prompt[:stop]
         finally:
             for receipt in receipts:
                 tree.dec_lock_ref(receipt)
@@ -192,7 +189,7 @@ class Call:
         self._forget_coming()
         self._take(
             [
-                (sequence, len(sequence.origin_input_ids) + len(tokens))
+                (sequence, len(sequence.tokens) + len(tokens))
                 for sequence, tokens in zip(self.sequences, coming, strict=True)
             ]
         )
@@ -207,7 +204,7 @@ class Call:
         self._read = self._slots.flatten() if len(self._slots) > 1 else _run(self._slots[0])
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write KV [batch, heads, new, dim] of a layer; that of all its columns (GEN-2)."""
+        """Write a layer's KV [batch, heads, new, dim]; that of all columns (GEN-16, GEN-17)."""
         kvcache = self.pools.kvcache
         batch, heads, new, dim = keys.shape
         expected = (len(self.sequences), kvcache.head_num, self.coming, kvcache.head_dim)
@@ -235,7 +232,9 @@ class Call:
         behind = [layer for layer, seen in enumerate(self._seen) if seen != after]
         if behind:
             self._forget_coming()
-            raise ContractError(f"GEN-9: a forward gave no KV to layers {behind}: not a whole model")
+            raise ContractError(
+                f"GEN-9: a forward gave no KV to layers {behind}: not a whole model"
+            )
         counts, computed = self.pools.counts, sum(len(s.coming) for s in self.sequences)
         counts["computed_tokens"] += computed
         if self._cached is not None:
@@ -243,7 +242,7 @@ class Call:
             counts["prompt_tokens"] += self._cached + computed
             self._cached = None
         for sequence in self.sequences:
-            sequence.origin_input_ids.extend(sequence.coming)
+            sequence.tokens.extend(sequence.coming)
             sequence.coming = []
         self.columns, self.coming = after, 0
 
@@ -254,42 +253,42 @@ class Call:
     # What decoding does with its rows
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` columns, which this call has computed (GEN-10)."""
-        own = [len(s.origin_input_ids) - s.cache_protected_len for s in self.sequences]
+        """Forget the last `count` columns, which this call has computed (GEN-10, GEN-12)."""
+        own = [len(s.tokens) - s.cache_protected_len for s in self.sequences]
         if self.coming or count < 0 or count > min(own, default=0):
             raise ContractError(
-                f"GEN-10: crop of {count} columns, but a row has computed {min(own, default=0)}"
+                f"GEN-12: crop of {count} columns, but a row has computed {min(own, default=0)}"
                 f"{' and a forward runs' if self.coming else ''}"
             )
         if count:
             for sequence in self.sequences:
-                del sequence.origin_input_ids[-count:]
+                del sequence.tokens[-count:]
             self.columns -= count
             self._slots = self._slots[:, : self.columns]
             self._seen = [self.columns] * len(self._seen)
 
     def reorder(self, beams: Sequenced[int]) -> None:
-        """Row i goes on where row beams[i] was: copies what is not shared (GEN-11)."""
+        """Row i goes on where row beams[i] was: copies what is not shared (GEN-11, GEN-12)."""
         sequences = self.sequences
         if self.coming:
-            raise ContractError("GEN-11: rows cannot be reordered while a forward runs")
+            raise ContractError("GEN-12: rows cannot be reordered while a forward runs")
         if len(beams) != len(sequences) or not all(0 <= b < len(sequences) for b in beams):
-            raise ContractError(f"GEN-11: beams are {list(beams)} of {len(sequences)} rows")
+            raise ContractError(f"GEN-12: beams are {list(beams)} of {len(sequences)} rows")
         moved = [(sequences[i], sequences[beam]) for i, beam in enumerate(beams) if i != beam]
         for row, other in moved:
             shared = row.cache_protected_len
-            same = row.origin_input_ids[:shared] == other.origin_input_ids[:shared]
+            same = row.tokens[:shared] == other.tokens[:shared]
             if row.pads != other.pads or shared != other.cache_protected_len or not same:
-                raise ContractError("GEN-11: a row cannot go on where another prompt's row was")
+                raise ContractError("GEN-12: a row cannot go on where another prompt's row was")
         targets, sources = [], []
         for row, other in moved:
-            own = slice(row.cache_protected_len, len(row.origin_input_ids))
+            own = slice(row.cache_protected_len, len(row.tokens))
             targets += row.slots[own]
             sources += other.slots[own]
-        tokens = [list(other.origin_input_ids) for _, other in moved]
+        tokens = [list(other.tokens) for _, other in moved]
         self.pools.kvcache.move_kv_cache(targets, sources)
         for (row, _), theirs in zip(moved, tokens, strict=True):
-            row.origin_input_ids = theirs
+            row.tokens = theirs
 
     # The end
 
@@ -302,6 +301,7 @@ class Call:
         with ExitStack() as stack:  # which goes on where one of them raises
             for sequence in reversed(sequences):
                 if sequence.req_pool_idx is not None:
+                    sequence.origin_input_ids = sequence.tokens
                     stack.callback(tree.cache_finished_req, sequence)
                 elif sequence.lock_receipt is not None:
                     stack.callback(tree.dec_lock_ref, sequence.lock_receipt)

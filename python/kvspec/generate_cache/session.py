@@ -4,7 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,9 +51,9 @@ class _Layer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write KV [batch, heads, new, dim]; all of the layer's (GEN-2, GEN-9)."""
+        """Write KV [batch, heads, new, dim]; all of the layer's (GEN-16)."""
         if self._call is None:
-            _refuse("GEN-9", f"KV of layer {self._index} comes outside a call")
+            _refuse("GEN-1", f"KV of layer {self._index} comes outside a call")
         return self._call.update(self._index, key_states, value_states)
 
     def get_seq_length(self) -> int:
@@ -101,16 +101,17 @@ class CacheSession(Cache):
         computes what the tree has not; all tokens get logits unless `logits_to_keep` says less.
         """
         if self.owner.closed:
-            _refuse("GEN-13", "the cache is closed")
+            _refuse("GEN-1", "the cache is closed")
         if self.current is not None:
             _refuse("GEN-1", "a call with this session is not at its end: take another session")
-        self.current = Call(self.owner.pools, self.extra_key)
+        call = self.owner.call_class(self.owner.pools, self.extra_key)
+        self.owner.open_calls.append(call)
+        self.current = call
         try:
             self.owner.pools.counts["calls"] += 1
-            self.owner.open_calls.append(self.current)
             yield
         finally:
-            call, self.current = self.current, None
+            self.current = None
             self.owner.open_calls.remove(call)
             call.end()
 
@@ -140,9 +141,7 @@ class CacheSession(Cache):
             if first:
                 call.end()
             raise
-        return kwargs | {
-            name: kwargs[name][..., reused:] for name in forward.by_column if reused
-        }
+        return kwargs | {name: kwargs[name][..., reused:] for name in forward.by_column if reused}
 
     def after_forward(self) -> None:
         """The forward has run to its end (GEN-4)."""
@@ -151,21 +150,21 @@ class CacheSession(Cache):
 
     def _require(self, model: Module) -> None:
         if self.owner.closed:
-            _refuse("GEN-13", "the cache is closed")
+            _refuse("GEN-1", "the cache is closed")
         if model is not self.owner.model:
             _refuse("GEN-9", f"the cache was made for another model than this {_name(model)}")
 
     # What transformers asks of a cache
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns: their number is given as a negative one (GEN-10)."""
+        """Forget the last columns: their number is given as a negative one (GEN-10, GEN-12)."""
         if tokens_to_remove > 0:
-            _refuse("GEN-10", f"crop({tokens_to_remove}), which is not a negative number")
+            _refuse("GEN-12", f"crop({tokens_to_remove}), which is not a negative number")
         if self.current is not None:
             self.current.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on where row beam_idx[i] was (GEN-11)."""
+        """Row i goes on where row beam_idx[i] was (GEN-11, GEN-12)."""
         if self.current is not None:
             self.current.reorder(beam_idx.tolist())
 
@@ -178,7 +177,7 @@ class CacheSession(Cache):
         _refuse("GEN-12", "the rows of a call cannot become fewer")
 
     def reset(self) -> None:
-        """Forget every prefix, of all sessions; not while a call is open (GEN-14)."""
+        """Forget every prefix, of all sessions; not while a call is open (GEN-1, GEN-14)."""
         self.owner.forget()
 
     # Of all sessions
@@ -207,8 +206,11 @@ class KvspecCache(CacheSession):
     KV of all layers, windowed ones too, is kept for `max_total_tokens` tokens, rounded down to
     whole pages, at most `max_batch_size` rows at a time. The model is in evaluation mode, and what
     its KV depends on beyond tokens - weights, adapters - stays as it is, or has an `extra_key` of
-    its own, until `reset()`. Whoever adds an adapter says so. Close it, or leave it as a context.
+    its own, until `reset()`. Close it, or leave it as a context.
     """
+
+    call_class: ClassVar[type[Call]] = Call
+    """What holds pages during a call."""
 
     def __init__(
         self,
@@ -229,7 +231,12 @@ class KvspecCache(CacheSession):
         self.closed = False
         self.open_calls: list[Call] = []
         self.pools = _pools(
-            _probe(model), max_total_tokens, page_size, max_batch_size, eviction_policy, implementation
+            _probe(model),
+            max_total_tokens,
+            page_size,
+            max_batch_size,
+            eviction_policy,
+            implementation,
         )
         super().__init__(self, extra_key)
         self._owner = None  # it is its own, and no cycle keeps it
@@ -266,15 +273,17 @@ class KvspecCache(CacheSession):
         return CacheSession(self, extra_key)
 
     def forget(self) -> None:
-        """Give back every page of the tree (GEN-14)."""
+        """Make every page and row free (GEN-1, GEN-14)."""
         if self.open_calls:
-            _refuse("GEN-14", f"reset while {len(self.open_calls)} calls are open")
+            _refuse("GEN-1", f"reset while {len(self.open_calls)} calls are open")
         self.pools.tree.reset()
+        self.pools.rows.clear()
+        self.pools.allocator.clear()
 
     def close(self) -> None:
-        """Leave the model as it was; again is allowed (GEN-13)."""
+        """Leave the model as it was; again is allowed (GEN-1, GEN-13)."""
         if self.open_calls:
-            _refuse("GEN-13", f"close while {len(self.open_calls)} calls are open")
+            _refuse("GEN-1", f"close while {len(self.open_calls)} calls are open")
         if not self.closed:
             self.closed = True
             self.pools.tree.reset()
@@ -354,7 +363,5 @@ def _pools(
     rows = impl.ReqToTokenPool(
         size=max_batch_size, max_context_len=size, device="cpu", enable_memory_saver=False
     )
-    tree = impl.RadixCache(
-        rows, allocator, page_size=page_size, eviction_policy=eviction_policy
-    )
+    tree = impl.RadixCache(rows, allocator, page_size=page_size, eviction_policy=eviction_policy)
     return Pools(kvcache, allocator, rows, tree, Counter())
