@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,7 @@ class BriefConformance(GenerateCacheConformance):
 
     @clause("GEN-2", "GEN-3", "GEN-4")
     def test_every_family_says_the_same_and_reuses(self) -> None:
-        GenerateCacheConformance.test_every_family_says_the_same_and_reuses(self, "gpt_neox")
-
-    @clause("GEN-2")
-    def test_every_way_to_decode_says_the_same(self) -> None:
-        options = {"num_beams": 2, "max_new_tokens": 4}
-        GenerateCacheConformance.test_every_way_to_decode_says_the_same(self, options)
+        GenerateCacheConformance.test_every_family_says_the_same_and_reuses(self, "thin")
 
     @clause("GEN-7")
     @pytest.mark.parametrize("where", ["criterion", "layer"])
@@ -61,7 +57,22 @@ class BriefConformance(GenerateCacheConformance):
         test(self, arguments, text)
 
 
-SLOW = ["test_another_session_may_have_a_call_beside_it"]
+SLOW = (
+    "test_another_session_may_have_a_call_beside_it",
+    "test_a_generate_of_the_instance_is_used_and_left",
+    "test_after_close_nothing_is_taken",
+    "test_namespaces_share_nothing",
+    "test_every_way_to_decode_says_the_same",
+    "test_a_model_whose_kv_is_not_of_tokens_alone_is_refused",
+    "test_gradients_and_other_models_are_refused",
+    "test_no_page_or_no_row_is_refused",
+    "test_of_a_batch_the_least_of_the_matches_is_left_out",
+    "test_pages_that_are_too_few_while_decoding_are_refused",
+    "test_too_few_rows_are_refused",
+    "test_what_was_cropped_is_not_cached",
+)
+"""Of which others decide the same."""
+
 for name in SLOW:
     setattr(BriefConformance, name, None)
 
@@ -121,7 +132,7 @@ class MatchesTheLastTokenToo(Call):
         return super().start(prompts, pads, 0)
 
 
-@calls("GEN-3", "GEN-2", "GEN-5", "GEN-6", "GEN-7", "GEN-15")
+@calls("GEN-3", "GEN-2", "GEN-5", "GEN-6", "GEN-7", "GEN-12", "GEN-15")
 class ComputesAllAgain(Call):
     def _lookup(self, prompt: Any, computed: int) -> Tensor:
         return super()._lookup(prompt, len(prompt))
@@ -133,26 +144,31 @@ class LeavesOutWhatIsAskedFor(Call):
         return super().start(prompts, pads, 1)
 
 
-@calls("GEN-4", "GEN-2", "GEN-3", "GEN-5", "GEN-7", "GEN-8", "GEN-10", "GEN-11", "GEN-12")
+@calls("GEN-4", "GEN-2", "GEN-3", "GEN-7", "GEN-8", "GEN-10", "GEN-11", "GEN-15")
 class KeysByThePromptAlone(Call):
     """So that what was said is computed again when the conversation goes on."""
 
     def commit(self) -> None:
-        if self._cached is None:
-            self.columns, self.coming = self.columns + self.coming, 0
-        else:
-            super().commit()
+        first = self._cached is not None
+        super().commit()
+        if first:
+            self.prompts = [len(sequence.tokens) for sequence in self.sequences]
+
+    def end(self) -> None:
+        for sequence, count in zip(self.sequences, getattr(self, "prompts", ()), strict=False):
+            del sequence.tokens[count:]
+        super().end()
 
 
 @calls("GEN-4")
 class CachesWhatDidNotComeToItsEnd(Call):
-    def _forget_coming(self) -> None:
+    def end(self) -> None:
         for sequence in self.sequences:
             sequence.tokens.extend(sequence.coming)
-        super()._forget_coming()
+        super().end()
 
 
-@calls("GEN-4", "GEN-2", "GEN-6", "GEN-15", "GEN-16")
+@calls("GEN-4", "GEN-2", "GEN-6", "GEN-15")
 class CachesPadding(Call):
     def end(self) -> None:
         for sequence in self.sequences:
@@ -161,18 +177,15 @@ class CachesPadding(Call):
         super().end()
 
 
-@calls("GEN-5")
+@calls("GEN-5", "GEN-14")
 class SharesAcrossNamespaces(Call):
     def __init__(self, pools: Any, extra_key: Any) -> None:
         super().__init__(pools, None)
 
 
-@calls("GEN-6", "GEN-2", "GEN-15", "GEN-16")
+@calls("GEN-6")
 class SharesPartOfAPage(Call):
     """Names the tree's slots where it should copy."""
-
-    def _take(self, wanted: Any) -> None:
-        super()._take(wanted)
 
     def _share(self, prompts: Any, reused: int) -> None:
         for sequence, prompt in zip(self.sequences, prompts, strict=True):
@@ -186,11 +199,11 @@ class SharesPartOfAPage(Call):
                 sequence.tokens = prompt[:stop]
 
 
-@calls("GEN-7", "GEN-4", "GEN-14")
+@calls("GEN-7", "GEN-2", "GEN-4", "GEN-6", "GEN-11", "GEN-12", "GEN-15", "GEN-16")
 class ForgetsToUnlock(Call):
     def _admit(self, prompt: Any, pads: int, reused: int) -> None:
         super()._admit(prompt, pads, reused)
-        if reused:
+        if self.sequences[-1].cache_protected_len:
             self.pools.tree.inc_lock_ref(self.sequences[-1].last_node)
 
 
@@ -203,9 +216,7 @@ class HoldsOnAfterAnError(Call):
             super().end()
 
 
-@calls(
-    "GEN-7", "GEN-2", "GEN-3", "GEN-4", "GEN-8", "GEN-10", "GEN-11", "GEN-12", "GEN-15", "GEN-16"
-)
+@calls("GEN-7", "GEN-4", "GEN-16", "GEN-17")
 class FreesTwice(Call):
     def end(self) -> None:
         own = [slot for s in self.sequences for slot in s.slots[len(s.tokens) :]]
@@ -237,12 +248,11 @@ class EvictsAndThenRefuses(Call):
 @caches("GEN-9")
 class TakesAnyArgument(KvspecCache):
     def before_forward(self, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        known = ("input_ids", "attention_mask", "logits_to_keep", "use_cache", CACHE)
-        given = {name: kwargs[name] for name in known if name in kwargs}
+        given = {name: value for name, value in kwargs.items() if name not in ("labels", CACHE)}
         return kwargs | super().before_forward(model, given)
 
 
-@calls("GEN-10", "GEN-2", "GEN-4", "GEN-16")
+@calls("GEN-10")
 class CropsTheColumnsAlone(Call):
     def crop(self, count: int) -> None:
         tokens = [list(sequence.tokens) for sequence in self.sequences]
@@ -254,9 +264,13 @@ class CropsTheColumnsAlone(Call):
 @calls("GEN-11", "GEN-2", "GEN-16")
 class ReordersTheTokensAlone(Call):
     def reorder(self, beams: Any) -> None:
-        tokens = [list(self.sequences[beam].tokens) for beam in beams]
-        for sequence, theirs in zip(self.sequences, tokens, strict=True):
-            sequence.tokens = theirs
+        pools = self.pools
+        stays = SimpleNamespace(move_kv_cache=lambda targets, sources: None)
+        self.pools = pools._replace(kvcache=stays)
+        try:
+            super().reorder(beams)
+        finally:
+            self.pools = pools
 
 
 @calls("GEN-11", "GEN-2", "GEN-16")
@@ -264,6 +278,8 @@ class MovesRowAfterRow(Call):
     """So that a row is overwritten before it is read."""
 
     def reorder(self, beams: Any) -> None:
+        if len(beams) != len(self.sequences) or max(beams) >= len(beams):
+            super().reorder(beams)
         for index, beam in enumerate(beams):
             one_by_one = list(range(len(self.sequences)))
             one_by_one[index] = beam
@@ -299,7 +315,7 @@ class ForgetsNothing(KvspecCache):
             super().forget()
 
 
-@calls("GEN-15", "GEN-2", "GEN-3", "GEN-4", "GEN-6")
+@calls("GEN-15", "GEN-2", "GEN-6")
 class CountsPadding(Call):
     def commit(self) -> None:
         if self._cached is not None:
@@ -324,6 +340,8 @@ class ReadsWhatMayBeEvicted(Call):
             for sequence, prompt in zip(self.sequences, prompts, strict=True)
             if reused - sequence.pads > sequence.cache_protected_len
         ]
+        if not partial:
+            return
         sources = []
         for sequence, prompt, stop in partial:
             at = sequence.cache_protected_len

@@ -82,7 +82,11 @@ def _pads(mask: Tensor | None, batch: int, columns: int) -> list[int]:
     if bool((real != (torch.arange(columns) >= pads[:, None])).any()) or bool(
         (pads >= columns).any()
     ):
-        _refuse("GEN-9", "padding is not on the left alone, or is all of a row")
+        _refuse(
+            "GEN-9",
+            "padding is not on the left alone, or is all of a row: where no attention_mask is"
+            " given, transformers takes every pad_token_id of a prompt for padding",
+        )
     return [int(pad) for pad in pads]
 
 
