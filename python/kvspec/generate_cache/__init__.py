@@ -9,6 +9,11 @@ pools, and `attachment` is what stands on the model: hooks before and after its 
 token ids are seen that are really computed, and a `generate` that knows when a call ends.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("transformers") is None:
+    raise ImportError("kvspec.KvspecCache needs transformers: pip install 'kvspec[models]'")
+
 from kvspec.generate_cache.session import CacheSession, KvspecCache
 
 __all__ = ["CacheSession", "KvspecCache"]

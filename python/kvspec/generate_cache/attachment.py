@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 __all__ = ["CACHE", "Holder", "attach", "detach", "is_attached"]
 
@@ -25,6 +25,7 @@ CACHE = (
 
 _NAMES = ("past_key_values", "cache")
 _PLACE = "_kvspec_attachment"
+_GENERATE = "generate"
 
 
 class Holder(Protocol):
@@ -40,13 +41,13 @@ class Holder(Protocol):
 class _Attachment:
     def __init__(self, model: Module) -> None:
         self.users = 0
-        self.before: Any = model.__dict__.get("generate")
+        self.before: Any = model.__dict__.get(_GENERATE)
         """A `generate` of the instance that was there before."""
         self.hooks = (
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, with_kwargs=True),
         )
-        model.generate = MethodType(_generate, model)
+        setattr(model, _GENERATE, MethodType(_generate, model))
 
 
 def attach(model: Module) -> None:
@@ -66,11 +67,11 @@ def detach(model: Module) -> None:
         return
     for hook in attachment.hooks:
         hook.remove()
-    ours = getattr(model.__dict__.get("generate"), "__func__", None) is _generate
+    ours = getattr(model.__dict__.get(_GENERATE), "__func__", None) is _generate
     if ours and attachment.before is not None:
-        model.generate = attachment.before
+        setattr(model, _GENERATE, attachment.before)
     elif ours:
-        del model.generate
+        delattr(model, _GENERATE)
     delattr(model, _PLACE)
 
 

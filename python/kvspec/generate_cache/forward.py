@@ -28,7 +28,7 @@ class Forward(NamedTuple):
     width: int
     """Columns, padding included."""
     computed: int
-    """Of them the last ones that are computed in any case: whoever asks for their output."""
+    """Of the first forward, how many of the last columns are computed in any case."""
     by_column: list[str]
     """Arguments with one entry for each column."""
 
@@ -50,7 +50,8 @@ def read_forward(model: Module, kwargs: dict[str, Any], call: Call) -> Forward:
     tokens = [row[max(pad - past, 0) :] for row, pad in zip(rows, pads, strict=True)]
     names = ("input_ids", "position_ids", "cache_position")
     by_column = [name for name in names if kwargs.get(name) is not None]
-    return Forward(tokens, pads, width, _computed(model, kwargs, width), by_column)
+    computed = 1 if call.started else _computed(model, kwargs, width)
+    return Forward(tokens, pads, width, computed, by_column)
 
 
 def _require_nothing_else(kwargs: dict[str, Any]) -> None:

@@ -320,7 +320,8 @@ def _probe(model: PreTrainedModel) -> list[Tensor]:
         _refuse("GEN-9", f"{_name(model)} has layers with {', '.join(sorted(other))}")
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{CACHE: probe})
-    states = [state for each in probe.layers for state in (each.keys, each.values)]
+    layers = [each for each in probe.layers if isinstance(each, DynamicLayer)]
+    states = [state for each in layers for state in (each.keys, each.values)]
     given = {None if s is None else (tuple(s.shape), s.dtype) for s in states}
     if len(given) != 1 or None in given:
         _refuse("GEN-9", f"KV of {_name(model)} is not of one shape in all layers: {given}")
