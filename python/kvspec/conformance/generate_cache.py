@@ -63,7 +63,7 @@ class ThinModel(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.head = torch.nn.Linear(16, 61, bias=False)
         for weights in self.parameters():
             torch.nn.init.normal_(weights, std=0.7)
-        self.post_init()
+        transformers.PreTrainedModel.post_init(self)
 
     def forward(
         self,
@@ -111,7 +111,8 @@ def _template(family: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         if family == "thin":
-            return ThinModel(config).double().eval()
+            thin: Any = ThinModel(config)
+            return thin.double().eval()
         return transformers.AutoModelForCausalLM.from_config(config).double().eval()
 
 

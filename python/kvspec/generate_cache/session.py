@@ -36,7 +36,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, session: "CacheSession", index: int) -> None:
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self._session, self._index = weakref.ref(session), index
         self.is_initialized = True
 
