@@ -54,6 +54,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "arena": impl.HostArena,
         "torch": torch,
         **storage(impl),
+        "generate_cache": partial(transformers_cache, impl),
+        "language_model": language_model,
         "process_saver": partial(impl.TorchMemorySaverAdapter.create, True),
         "create": saver().create,
         "fresh": lambda: saver().create(True),
@@ -70,6 +72,18 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "MemoryFigures": MemoryFigures,
         "namespace_frame": oracle.namespace_frame,
     }
+
+
+def language_model(family: str) -> Any:
+    """A tiny model of transformers, which few examples need."""
+    from kvspec.conformance.generate_cache import language_model
+
+    return language_model(family)
+
+
+def transformers_cache(impl: ModuleType, model: Any, **given: Any) -> Any:
+    used = "oracle" if impl is oracle else "native"
+    return kvspec.KvspecCache(model, implementation=used, **given)
 
 
 def storage(impl: ModuleType) -> dict[str, Any]:

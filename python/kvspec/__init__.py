@@ -15,6 +15,7 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 
 if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
+    from kvspec.generate_cache import KvspecCache
     from kvspec.instrumentation import Instrument, instrument
     from kvspec.memory_budget import MemoryBudget
     from kvspec.model_runner import ModelRunner
@@ -53,6 +54,7 @@ __all__ = [
     "HostKVCache",
     "Instrument",
     "KVCache",
+    "KvspecCache",
     "MHATokenToKVPool",
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
@@ -91,6 +93,7 @@ __version__ = "0.1.0"
 _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
+    "KvspecCache": "generate_cache",
     "MemoryBudget": "memory_budget",
     "ModelRunner": "model_runner",
     "Poison": "poison",
