@@ -1,8 +1,8 @@
-"""The flight recorder on an engine's loop: equal tokens, then what it adds to a step.
+"""The flight recorder on the scheduler's loop: equal tokens, then what it adds to a step.
 
-The engine is `serving`: continuous batching of 8 requests over pages of 16 slots, chunked prefill,
-a decoder of 4 layers of 256 that really computes. Two of them, one recorded and one not, take each
-step in turn; of each step the median over the rounds counts, in time of this process. What
+The worker is `serving`'s: a decoder of 4 layers of 256 that really computes; the scheduler batches
+8 requests over pages of 16 slots, with chunked prefill. Two of them, one recorded and one not, take
+each step in turn; of each step the median over the rounds counts, in time of this process. What
 recording adds is told for each step and each event too, so that anybody can put it against a step
 of their own.
 """
@@ -18,8 +18,9 @@ import pytest
 import kvspec
 from kvspec.flight_recorder import FlightRecorder, read_log
 from kvspec.instrumentation import instrument
+from kvspec.scheduler import Scheduler, ServerArgs
 from kvspec.validate import validate
-from serving import Engine, Model, Shape, one_thread, prompts
+from serving import Model, Shape, one_thread, prompts
 
 PAGE_SIZE, PAGES, BATCH, CHUNK = 16, 120, 8, 64
 REQUESTS, NEW_TOKENS = 20, 24
@@ -40,28 +41,33 @@ class Round(NamedTuple):
 
 
 def take_turns(models: tuple[Model, Model], requests: int, log: Path, **options: Any) -> Round:
-    engines = [
-        Engine(kvspec, model, page_size=PAGE_SIZE, pages=PAGES, batch=BATCH, chunk=CHUNK)
-        for model in models
-    ]
+    args = ServerArgs(
+        chunked_prefill_size=CHUNK,
+        max_running_requests=BATCH,
+        schedule_policy="fcfs",
+        disable_overlap_schedule=True,
+        check_level="off",
+    )
+    engines = [Scheduler(args, model) for model in models]
     batches = [prompts(requests, models[0].shape.vocabulary, NEW_TOKENS) for _ in engines]
     times: tuple[list[float], list[float]] = [], []
     with ExitStack() as stack:
         recorder = stack.enter_context(FlightRecorder(log, **options))
-        objects = engines[1].cache, engines[1].allocator, engines[1].rows
+        objects = engines[1].tree_cache, models[1].allocator, models[1].rows
         stack.enter_context(instrument(*objects, level="off", record=recorder))
         for engine, batch in zip(engines, batches, strict=True):
-            engine.waiting.extend(batch)
-        while engines[0].busy:
+            for request in batch:
+                engine.add_request(request)
+        while not engines[0].is_idle:
             first = len(times[0]) % 2
             for which in (first, 1 - first):
                 start = time.process_time()
                 engines[which].step()
                 times[which].append(time.process_time() - start)
         events = recorder.recorded
-    plain, recorded = ([request.output_ids for request in batch] for batch in batches)
+    plain, recorded = ([list(request.output_ids) for request in batch] for batch in batches)
     assert plain == recorded
-    assert not any(engine.busy for engine in engines)
+    assert all(engine.is_idle and engine.flush_cache() for engine in engines)
     return Round(*times, plain, events)
 
 
@@ -69,7 +75,8 @@ def take_turns(models: tuple[Model, Model], requests: int, log: Path, **options:
 def bench_recorded_loop(benchmark: Any, tmp_path: Path, kind: str) -> None:
     """Every event is flushed, as it is by default."""
     options: dict[str, Any] = {"format": kind.split()[0], "tokens": "tokens" in kind}
-    models = Model(Shape(), (PAGES + 1) * PAGE_SIZE), Model(Shape(), (PAGES + 1) * PAGE_SIZE)
+    pools = {"page_size": PAGE_SIZE, "pages": PAGES, "rows": BATCH}
+    models = Model(kvspec, Shape(), **pools), Model(kvspec, Shape(), **pools)
     requests, count = (2, 1) if benchmark.disabled else (REQUESTS, ROUNDS)
     with one_thread():
         rounds = [

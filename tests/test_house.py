@@ -83,6 +83,16 @@ def test_the_example_of_sliding_windows_does_what_it_says() -> None:
     assert sum(page.tombstone for page in names["tree"].view().pages.values()) == 192
 
 
+@native
+def test_the_example_of_a_scheduler_does_what_it_says() -> None:
+    from kvspec.conformance.scheduler.worker import words
+
+    names = run_the_example_of("A scheduler")
+    for name, said in names["said"].items():
+        assert said == words([*range(100), ord(name)], 8, vocabulary=50)
+    assert names["scheduler"].counters()["cached_tokens"] == 192  # two of three find 96
+
+
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")

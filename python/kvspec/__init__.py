@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         TorchMemorySaverAdapter,
     )
     from kvspec.poison import Poison
+    from kvspec.scheduler import Req, Scheduler, ServerArgs
 
 __all__ = [
     "ChunkCache",
@@ -68,12 +69,15 @@ __all__ = [
     "RadixCache",
     "RadixCacheCpp",
     "RadixKey",
+    "Req",
     "ReqToTokenPool",
     "SWAChunkCache",
     "SWAKVPool",
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "Scheduler",
+    "ServerArgs",
     "SharedSegment",
     "ShmChannel",
     "TokenToKVPoolAllocator",
@@ -97,6 +101,9 @@ _TOOLS = {
     "MemoryBudget": "memory_budget",
     "ModelRunner": "model_runner",
     "Poison": "poison",
+    "Req": "scheduler",
+    "Scheduler": "scheduler",
+    "ServerArgs": "scheduler",
     "instrument": "instrumentation",
     "read_log": "flight_recorder",
 }

@@ -1,6 +1,6 @@
 """mypy reads this file: both implementations satisfy the interfaces."""
 
-from kvspec import native, oracle
+from kvspec import native, oracle, scheduler
 from kvspec.interfaces.chunk_cache import ChunkCache, SWAChunkCache
 from kvspec.interfaces.host_memory import HostArena
 from kvspec.interfaces.kv_storage import (
@@ -16,6 +16,7 @@ from kvspec.interfaces.page_allocator import PagedTokenToKVPoolAllocator
 from kvspec.interfaces.prefix_key import PageHashes
 from kvspec.interfaces.radix_cache import RadixCache
 from kvspec.interfaces.request_pool import ReqToTokenPool
+from kvspec.interfaces.scheduler import Req, Scheduler, ServerArgs
 from kvspec.interfaces.shared_memory import SharedSegment
 from kvspec.interfaces.shm_channel import ShmChannel
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator
@@ -63,3 +64,6 @@ savers: list[type[TorchMemorySaverAdapter]] = [
     native.TorchMemorySaverAdapter,
     oracle.TorchMemorySaverAdapter,
 ]
+requests: type[Req] = scheduler.Req
+options: type[ServerArgs] = scheduler.ServerArgs
+schedulers: type[Scheduler[scheduler.Req, scheduler.ServerArgs]] = scheduler.Scheduler

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from kvspec.conformance.watch import watch
 
-__all__ = ["MUTANT", "Conformance", "fuzzing", "short_fuzzing"]
+__all__ = ["MUTANT", "Conformance", "fuzzing", "is_short", "short_fuzzing"]
 
 MUTANT = "mutant"
 """Name of a namespace with a broken class: what it reaches says nothing about an implementation."""
@@ -33,6 +33,11 @@ def fuzzing(max_examples: int = 60) -> settings:
         phases = [Phase.explicit, Phase.generate]
         return settings(_FUZZING, phases=phases, max_examples=min(max_examples, _SHORT_EXAMPLES))
     return settings(_FUZZING, max_examples=max_examples)
+
+
+def is_short() -> bool:
+    """Whether a mutant is being tried: what is broken shows in few of many modes."""
+    return _short
 
 
 @contextmanager

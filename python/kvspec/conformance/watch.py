@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from kvspec.clauses import clauses
-from kvspec.errors import CLAUSE_ERRORS
+from kvspec.errors import CLAUSE_ERRORS, MemoryLeakError
 
 __all__ = ["reached", "watch", "watch_function", "watch_made"]
 
@@ -58,7 +58,8 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._subject, name)
-        if name.startswith("_") or name in _UNSEEN or not callable(value):
+        private = name.startswith("_") and name not in vars(self._interface or object)
+        if private or name in _UNSEEN or not callable(value):
             return value
 
         @wraps(value, updated=())
@@ -67,7 +68,7 @@ class Watched:
             result, error = None, None
             try:
                 result = value(*args, **kwargs)
-            except CLAUSE_ERRORS as raised:
+            except (*CLAUSE_ERRORS, MemoryLeakError) as raised:
                 error = raised
             seen = _bound(self._interface, name, args, kwargs)
             seen.update(call=name, result=result, error=error)

@@ -1,7 +1,7 @@
 """What decides which tokens are computed when, and where their KV goes. Spec: SCHED."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from kvspec.interfaces.memory_checker import SWATokenInfo
 from kvspec.interfaces.prefix_cache import BasePrefixCache
@@ -144,8 +144,13 @@ class Req(CachedReq, Protocol):
     retraction_count: int
 
 
-class Scheduler(Protocol):
-    """One replica's loop. Not for several threads (SCHED-8).
+GivenReq = TypeVar("GivenReq", bound=Req, contravariant=True)
+GivenArgs = TypeVar("GivenArgs", bound=ServerArgs, contravariant=True)
+
+
+class Scheduler(Protocol[GivenReq, GivenArgs]):
+    """One replica's loop, for its own classes of requests and options. Not for several threads
+    (SCHED-8).
 
     A step settles before anything but the next decode step is launched (SCHED-22, SCHED-23).
     """
@@ -156,10 +161,10 @@ class Scheduler(Protocol):
     is_hybrid: bool
     max_total_num_tokens: int
 
-    def init_memory_pool_and_cache(self, server_args: ServerArgs) -> None:
+    def init_memory_pool_and_cache(self, server_args: GivenArgs) -> None:
         """Take the worker's pools and make the cache over them (SCHED-1)."""
 
-    def add_request(self, req: Req) -> None:
+    def add_request(self, req: GivenReq) -> None:
         """Queue a request, or reject it (SCHED-6, SCHED-7). O(tokens)."""
 
     def step(self) -> Sequence[StepOutput]:
@@ -174,10 +179,10 @@ class Scheduler(Protocol):
         """Make every live request wait (SCHED-27); what came out of the step in flight."""
 
     def flush_cache(self) -> bool:
-        """Empty everything, unless there is work (SCHED-26). O(pool)."""
+        """Empty everything, unless somebody is live (SCHED-26). O(pool)."""
 
     def check_memory(self) -> None:
-        """Raise MemoryLeakError unless everything has one owner (SCHED-4)."""
+        """Raise MemoryLeakError unless everything has one owner (SCHED-4). O(pool)."""
 
     def _get_token_info(self) -> TokenInfo:
         """The source's four numbers (SCHED-3). O(1)."""
@@ -190,5 +195,6 @@ class Scheduler(Protocol):
 
     def counters(self) -> dict[str, int]:
         """Exact costs so far: `steps`, `prefill_tokens`, `cached_tokens`, `decode_tokens`,
-        `accepted_draft_tokens`, `chunks`, `retractions`, `overlapped_steps` (SCHED-30).
+        `draft_tokens`, `accepted_draft_tokens`, `chunks`, `retractions`, `overlapped_steps`,
+        `evicted_tokens` (SCHED-30).
         """

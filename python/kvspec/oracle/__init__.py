@@ -24,6 +24,7 @@ from kvspec.oracle.slot_allocator import TokenToKVPoolAllocator
 from kvspec.oracle.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.oracle.swa_radix_cache import SWARadixCache
 from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
+from kvspec.scheduler import Req, Scheduler, ServerArgs
 
 __all__ = [
     "ChunkCache",
@@ -40,12 +41,15 @@ __all__ = [
     "PagedTokenToKVPoolAllocator",
     "RadixCache",
     "RadixKey",
+    "Req",
     "ReqToTokenPool",
     "SWAChunkCache",
     "SWAKVPool",
     "SWARadixCache",
     "SWATokenInfo",
     "SWATokenToKVPoolAllocator",
+    "Scheduler",
+    "ServerArgs",
     "SharedSegment",
     "ShmChannel",
     "TokenToKVPoolAllocator",

@@ -33,16 +33,12 @@ class _Looked(NamedTuple):
 class _Node:
     """A prefix that the cache has of some requests."""
 
-    depth: int
+    arrival: int
+    """That of the first request below it."""
     looked: list[_Looked] = field(default_factory=list)
     children: list["_Node"] = field(default_factory=list)
     weight: int = 0
-
-    @property
-    def arrival(self) -> int:
-        """That of the first request below it."""
-        own = [each.req.arrival for each in self.looked]
-        return min([*own, *(child.arrival for child in self.children)])
+    """Requests below it."""
 
 
 class Queue(NamedTuple):
@@ -99,27 +95,34 @@ def _computed_by_others(looked: Sequence[_Looked], chunked_req: Req | None) -> f
 
 def _depth_first(looked: Sequence[_Looked]) -> list[_Looked]:
     """Along the tree of what the cache has, the heavier child first."""
-    root = _Node(depth=0)
+    root = _Node(arrival=0)
     line: list[tuple[tuple[object, ...], _Node]] = [((), root)]
-    for each in sorted(looked, key=lambda each: tuple(map(repr, each.path))):
-        path = each.path
+    for each in sorted(looked, key=_by_path):
+        path, arrival = each.path, each.req.arrival
         while line[-1][0] != path[: len(line[-1][0])]:
             line.pop()
         if line[-1][0] != path:
-            node = _Node(depth=len(path))
+            node = _Node(arrival)
             line[-1][1].children.append(node)
             line.append((path, node))
         line[-1][1].looked.append(each)
-    _weigh(root)
+        for _, node in line:
+            node.weight += 1
+            node.arrival = min(node.arrival, arrival)
     return _walk(root)
 
 
-def _weigh(node: _Node) -> int:
-    node.weight = len(node.looked) + sum(map(_weigh, node.children))
-    return node.weight
+def _by_path(each: _Looked) -> tuple[str, list[int]]:
+    return repr(each.req.extra_key), each.tokens[: each.found]
 
 
-def _walk(node: _Node) -> list[_Looked]:
-    children = sorted(node.children, key=lambda child: (-child.weight, child.arrival))
-    own = sorted(node.looked, key=lambda each: each.req.arrival)
-    return [*(each for child in children for each in _walk(child)), *own]
+def _walk(root: _Node) -> list[_Looked]:
+    """A prefix's own requests after those of longer ones."""
+    backwards: list[_Looked] = []
+    left = [root]
+    while left:
+        node = left.pop()
+        own = sorted(node.looked, key=lambda each: each.req.arrival)
+        backwards += reversed(own)
+        left += sorted(node.children, key=lambda child: (-child.weight, child.arrival))
+    return backwards[::-1]

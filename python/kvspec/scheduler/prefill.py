@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from kvspec.interfaces.prefix_cache import MatchResult
 from kvspec.scheduler.req import Req
 from kvspec.scheduler.server_args import ServerArgs
 from kvspec.scheduler.slots import Extension, Memory
@@ -70,7 +71,7 @@ class PrefillAdder:
         """Go on with the prompt that was begun; False if there is no room for any more of it."""
         length = self._fitting(req, req.length - req.kv_committed_len)
         if not self.is_alone:
-            length = min(length, self._tokens_left())
+            length = min(length, self._pages_left() * self.memory.page_size)
         if length <= 0:
             return False
         self._extend(req, length)
@@ -82,14 +83,13 @@ class PrefillAdder:
             return False
         if not self.memory.rows.available_size():
             return False
-        tokens = req.tokens
-        found = self.memory.tree_cache.match_prefix(tokens[:-1], extra_key=req.extra_key)
+        found = self._match(req)
         cached = found.device_indices.numel()
-        length = len(tokens) - cached
+        length = req.length - cached
         node = found.last_device_node
         receipt = None if node is None else self.memory.tree_cache.inc_lock_ref(node)
         req.kv_committed_len = req.kv_allocated_len = cached
-        wanted = length + min(req.remaining, CLIP_MAX_NEW_TOKENS)
+        wanted = length + min(req.remaining, CLIP_MAX_NEW_TOKENS) - 1  # the last has no KV
         length = self._fitting(req, length)
         if length <= 0 or not (self.is_alone or self._has_room_for(wanted, length)):
             req.kv_committed_len = req.kv_allocated_len = 0
@@ -101,10 +101,14 @@ class PrefillAdder:
         self.memory.rows.write((rows[0], slice(0, cached)), found.device_indices)
         req.req_pool_idx, req.prefix_indices = rows[0], found.device_indices
         req.last_node, req.lock_receipt, req.cache_protected_len = node, receipt, cached
-        if not req.was_admitted:
-            req.was_admitted, req.cached_tokens = True, cached
         self._extend(req, length)
         return True
+
+    def _match(self, req: Req) -> MatchResult:
+        """What the cache has of all its tokens but the last, so that one at least is computed
+        (SCHED-12, SCHED-21).
+        """
+        return self.memory.tree_cache.match_prefix(req.tokens[:-1], extra_key=req.extra_key)
 
     def _fitting(self, req: Req, length: int) -> int:
         """How many of its next tokens a step can compute: as many as the chunk's budget and the
@@ -131,12 +135,11 @@ class PrefillAdder:
             most = min(wanted, length + self.memory.sliding_window_size)
             if self.memory.pages(most) + 1 > swa - self.taken_pages:
                 return False
-        return wanted <= self._tokens_left()
+        return self.memory.pages(wanted) <= self._pages_left()
 
-    def _tokens_left(self) -> int:
+    def _pages_left(self) -> int:
         """What is left when the running requests had what they may still need."""
-        pages = self.memory.room().full - self.taken_pages
-        return pages * self.memory.page_size - self.expected
+        return self.memory.room().full - self.taken_pages - self.memory.pages(self.expected)
 
     def _extend(self, req: Req, length: int) -> None:
         stop = req.kv_committed_len + length
@@ -149,4 +152,4 @@ class PrefillAdder:
         if self.rem_chunk_tokens is not None:
             self.rem_chunk_tokens -= length
         if stop == req.length:
-            self.expected += min(req.remaining, CLIP_MAX_NEW_TOKENS)
+            self.expected += min(req.remaining, CLIP_MAX_NEW_TOKENS) - 1

@@ -9,7 +9,9 @@ from kvspec.interfaces.prefix_cache import LockReceipt, NodeHandle
 from kvspec.interfaces.prefix_key import ExtraKey
 from kvspec.interfaces.scheduler import FinishReason, State
 
-__all__ = ["Req"]
+__all__ = ["TOKEN_LIMIT", "Req"]
+
+TOKEN_LIMIT = 2**31
 
 _NO_SLOTS = torch.empty(0, dtype=torch.int64)
 

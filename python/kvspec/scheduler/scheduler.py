@@ -1,15 +1,10 @@
 """The loop: order the queue, admit, make room, launch a step, settle one. Spec: SCHED."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from types import ModuleType
-from typing import cast
+from collections.abc import Sequence
 
-from kvspec.errors import ContractError, MemoryLeakError
-from kvspec.implementations import implementation
+from kvspec.errors import ContractError
 from kvspec.interfaces.memory_checker import SWATokenInfo
 from kvspec.interfaces.model_runner import ModelWorker
-from kvspec.interfaces.prefix_cache import BasePrefixCache
 from kvspec.interfaces.scheduler import (
     FinishReason,
     LiveReq,
@@ -17,22 +12,23 @@ from kvspec.interfaces.scheduler import (
     StepOutput,
     TokenInfo,
 )
-from kvspec.interfaces.swa_allocator import SWATokenToKVPoolAllocator
 from kvspec.memory_checker import check_memory, get_swa_token_info
+from kvspec.prefix_key import namespace_frame
 from kvspec.scheduler.drafts import accepted, guess
 from kvspec.scheduler.flight import Flight, Launcher, Mode
 from kvspec.scheduler.policy import SchedulePolicy
+from kvspec.scheduler.pools import has_windows, make_cache, refuse_misfits, shares, usable_size
 from kvspec.scheduler.prefill import NewTokenRatio, PrefillAdder
-from kvspec.scheduler.req import Req
+from kvspec.scheduler.req import TOKEN_LIMIT, Req
 from kvspec.scheduler.server_args import ServerArgs
 from kvspec.scheduler.slots import Extension, Memory
+from kvspec.scheduler.sums import check_sums, token_info
 
 __all__ = ["Scheduler"]
 
-_LEAK = "token_to_kv_pool_allocator memory leak detected! "
 _COUNTERS = (
-    *("steps", "prefill_tokens", "cached_tokens", "decode_tokens", "accepted_draft_tokens"),
-    *("chunks", "retractions", "overlapped_steps"),
+    *("steps", "prefill_tokens", "cached_tokens", "decode_tokens", "draft_tokens"),
+    *("accepted_draft_tokens", "chunks", "retractions", "overlapped_steps"),
 )
 
 
@@ -48,7 +44,7 @@ class Scheduler:
         self.running: list[Req] = []
         self.chunked_req: Req | None = None
         self.leaving: list[Req] = []
-        self.in_flight: Flight | None = None
+        self.flights: list[Flight] = []
         self.new_token_ratio = NewTokenRatio(server_args.schedule_conservativeness)
         self._in_use: dict[str, Req] = {}
         self._outputs: list[StepOutput] = []
@@ -59,73 +55,41 @@ class Scheduler:
 
     # Pools and cache.
 
+    _refuse_misfits = staticmethod(refuse_misfits)
+    _make_cache = staticmethod(make_cache)
+
     def init_memory_pool_and_cache(self, server_args: ServerArgs) -> None:
         """Take the worker's pools and make the cache over them, as the source document chooses it
         (SCHED-1, SCHED-2).
         """
-        self.req_to_token_pool, self.token_to_kv_pool_allocator = self.tp_worker.get_memory_pool()
-        allocator = self.token_to_kv_pool_allocator
-        self.page_size = allocator.page_size
-        self.max_total_num_tokens = allocator.size // self.page_size * self.page_size
-        self.is_hybrid = hasattr(allocator, "swa_available_size")
-        self._refuse_misfits(server_args)
-        shares = server_args.chunked_prefill_size is None or not server_args.disable_radix_cache
-        self.tree_cache = self._make_cache(server_args, shares)
+        rows, allocator = self.tp_worker.get_memory_pool()
+        window = self.tp_worker.sliding_window_size if has_windows(allocator) else None
+        self._refuse_misfits(server_args, rows, allocator, window)
+        self.req_to_token_pool, self.token_to_kv_pool_allocator = rows, allocator
+        self.page_size, self.is_hybrid = allocator.page_size, has_windows(allocator)
+        self.max_total_num_tokens = usable_size(allocator)
+        self.tree_cache = self._make_cache(server_args, rows, allocator, window)
         self.memory = Memory(
-            self.req_to_token_pool,
+            rows,
             allocator,
             self.tree_cache,
-            sliding_window_size=self.tp_worker.sliding_window_size if self.is_hybrid else None,
-            shares=shares,
+            sliding_window_size=window,
+            shares=shares(server_args),
         )
-        self.policy = SchedulePolicy(server_args.schedule_policy, self.tree_cache)
-
-    def _refuse_misfits(self, server_args: ServerArgs) -> None:
-        rows = self.req_to_token_pool.available_size()
-        if server_args.max_running_requests > rows:
-            raise ContractError(
-                f"SCHED-2: max_running_requests {server_args.max_running_requests}, but the worker"
-                f" has {rows} rows"
-            )
-        if self.is_hybrid:
-            allocator = cast(SWATokenToKVPoolAllocator, self.token_to_kv_pool_allocator)
-            window, pages = self.tp_worker.sliding_window_size, allocator.size_swa // self.page_size
-            if window is None or pages < -(-window // self.page_size) + 2:
-                raise ContractError(
-                    f"SCHED-2: a window pool of {pages} pages of {self.page_size} is smaller than"
-                    f" a window of {window} tokens and 2 pages"
-                )
-
-    def _make_cache(self, server_args: ServerArgs, shares: bool) -> BasePrefixCache:
-        impl = implementation(server_args.implementation)
-        over = {
-            "req_to_token_pool": self.req_to_token_pool,
-            "token_to_kv_pool_allocator": self.token_to_kv_pool_allocator,
-            "page_size": self.page_size,
-        }
-        if not shares:
-            return _made(impl.SWAChunkCache if self.is_hybrid else impl.ChunkCache, **over)
-        disable = server_args.disable_radix_cache
-        if self.is_hybrid:
-            window = self.tp_worker.sliding_window_size
-            return _made(impl.SWARadixCache, **over, sliding_window_size=window, disable=disable)
-        if server_args.experimental_cpp_radix_tree:
-            return _cpp_tree(impl, over, disable)
-        return _made(
-            impl.RadixCache,
-            **over,
-            disable=disable,
-            enable_kv_cache_events=False,
-            eviction_policy=server_args.eviction_policy,
-            eviction_granularity=server_args.eviction_granularity,
-        )
+        policy = "fcfs" if server_args.disable_radix_cache else server_args.schedule_policy
+        self.policy = SchedulePolicy(policy, self.tree_cache)
 
     # Requests.
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits, is live or in flight."""
-        return not self._in_use and self.in_flight is None
+        return not self._in_use and not self.flights
+
+    @property
+    def in_flight(self) -> Flight | None:
+        """The step that was launched last, if it is not settled."""
+        return self.flights[-1] if self.flights else None
 
     @property
     def live(self) -> list[Req]:
@@ -159,9 +123,13 @@ class Scheduler:
         if req.max_new_tokens < 1:
             raise ContractError(f"SCHED-6: max_new_tokens {req.max_new_tokens} is below 1")
         low, high = min(req.origin_input_ids), max(req.origin_input_ids)
-        if low < 0 or high >= 2**31:
+        if low < 0 or high >= TOKEN_LIMIT:
             wrong = low if low < 0 else high
             raise ContractError(f"SCHED-6: token {wrong} of {req.rid!r} is not in [0, 2^31)")
+        try:
+            namespace_frame(req.extra_key)
+        except (ContractError, TypeError) as error:
+            raise ContractError(f"SCHED-6: extra_key of {req.rid!r}: {error}") from None
 
     def abort_request(self, rid: str) -> None:
         """End a request in any state (SCHED-19, SCHED-20). O(its row)."""
@@ -179,17 +147,12 @@ class Scheduler:
         An error of the worker comes out too, after its requests have been ended; what else came
         out is in the next round's (SCHED-25).
         """
+        self._settle_all_but(self._may_fly_on(self.in_flight))
+        worked = bool(self.flights)
         launched = self._launch_prefill() or self._launch_decode()
-        before, self.in_flight = self.in_flight, launched
-        if before is not None:
-            self._settle(before)
-        if launched is not None and (
-            launched.mode == "prefill" or self.server_args.disable_overlap_schedule
-        ):
-            self._settle_in_flight()
-        self._counts["overlapped_steps"] += launched is not None and before is not None
-        self._let_go()
-        worked = launched is not None or before is not None
+        worked |= launched is not None
+        self._counts["overlapped_steps"] += len(self.flights) > 1
+        self._settle_all_but(self._may_fly_on(launched))
         if self.is_idle or self.server_args.check_every_step or not (worked or self.live):
             self.check_memory()
         if self.is_idle:
@@ -197,28 +160,39 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def _may_fly_on(self, flight: Flight | None) -> Flight | None:
+        """The step, if the next one can be launched before it is settled: a decode step, with
+        overlap. Any other is in flight at the end of a round only if somebody was interrupted.
+        """
+        if flight is None or flight.mode == "prefill" or self.server_args.disable_overlap_schedule:
+            return None
+        return flight
+
     def _launch_prefill(self) -> Flight | None:
         """Go on with the chunked request and admit from the queue, if there is room for it."""
         if self.chunked_req is not None:
             self.memory.leave_behind(self.chunked_req)
-        adder = PrefillAdder(
-            self.memory, self.server_args, self.running, self.new_token_ratio.value
-        )
+        adder = self._adder()
         if self.chunked_req is not None and not adder.add_chunked_req(self.chunked_req):
             return None
         admitted = self._admit(adder)
         if not adder.extensions:
             return None
         try:
-            self._settle_in_flight()
+            self._settle_all_but(None)
         except BaseException:
-            for req in admitted:
-                self._retract(req)
+            for req in admitted:  # it has a row and a lock, and waits still
+                self._release(req)
             raise
+        self._enter(adder.extensions, admitted)
         return self._launch("prefill", adder.extensions, adder.taken_pages)
 
+    def _adder(self) -> PrefillAdder:
+        ratio = self.new_token_ratio.value
+        return PrefillAdder(self.memory, self.server_args, self.running, ratio)
+
     def _admit(self, adder: PrefillAdder) -> list[Req]:
-        """Take requests from the queue while they fit; the last may be begun only (SCHED-14)."""
+        """Find requests of the queue that fit; the last may be begun only (SCHED-14)."""
         begun = adder.extensions and adder.extensions[0].stop < adder.extensions[0].req.length
         free = self.server_args.max_running_requests - len(self.live)
         if begun or free <= 0 or not self.waiting_queue:
@@ -235,25 +209,25 @@ class Scheduler:
             admitted.append(req)
             if adder.extensions[-1].stop < req.length:
                 break
+        return admitted
+
+    def _enter(self, extensions: Sequence[Extension], admitted: Sequence[Req]) -> None:
+        """Those admitted are live, and who has a last or a first chunk is where it belongs."""
         for req in admitted:
             self.waiting_queue.remove(req)
             self._counts["cached_tokens"] += req.cache_protected_len
+            if not req.was_admitted:
+                req.was_admitted, req.cached_tokens = True, req.cache_protected_len
+        if self.chunked_req is not None and extensions[0].stop == self.chunked_req.length:
+            self.running.append(self.chunked_req)
+            self.chunked_req.state, self.chunked_req = "running", None
+        for req in admitted:
             req.state = "running"
-        if admitted and adder.extensions[-1].stop < admitted[-1].length:
-            self._begin_chunks(admitted[-1])
-        self.running += [req for req in admitted if req.state == "running"]
-        return admitted
-
-    def _begin_chunks(self, req: Req) -> None:
-        if self.chunked_req is not None:  # its last chunk is in this step
-            self._finish_chunks()
-        self.chunked_req, req.state = req, "chunked"
-
-    def _finish_chunks(self) -> None:
-        assert self.chunked_req is not None
-        self.running.append(self.chunked_req)
-        self.chunked_req.state = "running"
-        self.chunked_req = None
+            self.running.append(req)
+        last = extensions[-1]
+        if last.stop < last.req.length and last.req is not self.chunked_req:
+            self.running.remove(last.req)
+            self.chunked_req, last.req.state = last.req, "chunked"
 
     def _launch_decode(self) -> Flight | None:
         """A token, and drafts, for everyone who runs; whoever does not fit is retracted."""
@@ -262,9 +236,8 @@ class Scheduler:
             if self.memory.make_room(pages, self.live):
                 self.new_token_ratio.decoded()
                 return self._launch("decode", extensions, pages)
-            if self.in_flight is not None or self.leaving:
-                self._settle_in_flight()
-                self._let_go()
+            if self.flights:
+                self._settle_all_but(None)
             elif not self._move_on():
                 self._retract_one()
         return None
@@ -296,7 +269,7 @@ class Scheduler:
         """Its newest token, which may be one that the step in flight samples, and a draft."""
         start, drafts = req.kv_committed_len + req.tokens_in_flight, 0
         if req.tokens_in_flight:
-            token_ids = [-1 - self._sample_of(req)]
+            token_ids = [-1 - self.flights[-1].sample_of(req)]
         else:
             drafts = min(self.server_args.speculative_num_draft_tokens, req.remaining - 1)
             token_ids = [req.output_ids[-1]]
@@ -304,16 +277,6 @@ class Scheduler:
             token_ids += guess(req.tokens, drafts)
         reserve = min(start + 1 + drafts, req.most_slots)
         return Extension(req, start, token_ids, range(len(token_ids)), reserve)
-
-    def _sample_of(self, req: Req) -> int:
-        """Which sample of the step in flight is the request's."""
-        assert self.in_flight is not None, "SCHED-22: a token in flight is a step's"
-        at = 0
-        for each in self.in_flight.extensions:
-            if each.req is req:
-                return at
-            at += len(each.sampled)
-        raise AssertionError(f"SCHED-22: {req} is not in the step in flight")
 
     def _launch(self, mode: Mode, extensions: Sequence[Extension], pages: int) -> Flight:
         fits = self.memory.make_room(pages, self.live)
@@ -323,32 +286,37 @@ class Scheduler:
         self._counts["steps"] += 1
         self._counts["prefill_tokens" if mode == "prefill" else "decode_tokens"] += tokens
         if mode == "decode":
+            self._counts["draft_tokens"] += tokens - len(extensions)
             for each in extensions:
                 each.req.tokens_in_flight += 1
         else:
             self._counts["chunks"] += sum(not each.sampled for each in extensions)
-        return self._launcher.launch(mode, extensions, batch, self.in_flight)
+        flight = self._launcher.launch(mode, extensions, batch, self.in_flight)
+        self.flights.append(flight)
+        return flight
 
     # Settling.
 
-    def _settle_in_flight(self) -> None:
-        flight, self.in_flight = self.in_flight, None
-        if flight is not None:
-            self._settle(flight)
+    def _settle_all_but(self, kept: Flight | None) -> None:
+        """Settle what is in flight, the oldest first; who is interrupted meanwhile can go on."""
+        while self.flights and self.flights[0] is not kept:
+            self._settle_oldest()
 
-    def _settle(self, flight: Flight) -> None:
+    def _settle_oldest(self) -> None:
         """Take in what a step sampled; its error ends its requests, and those of the step after it
         (SCHED-25).
         """
-        try:
-            tokens = flight.wait().next_token_ids.tolist()
-        except BaseException as error:
-            self._fail(flight, error)
-            raise
-        at = 0
+        outcome = self.flights[0].outcome()
+        if isinstance(outcome, BaseException):
+            for after in self.flights[1:]:
+                after.outcome()
+            self._fail(outcome)
+            raise outcome
+        flight, at = self.flights.pop(0), 0
         for each in flight.extensions:
-            self._take_in(flight.mode, each, tokens[at : at + len(each.sampled)])
+            self._take_in(flight.mode, each, outcome[at : at + len(each.sampled)])
             at += len(each.sampled)
+        self._let_go()
 
     def _take_in(self, mode: Mode, each: Extension, sampled: Sequence[int]) -> None:
         req = each.req
@@ -361,7 +329,6 @@ class Scheduler:
             new = list(sampled)
         else:
             new = accepted(each.token_ids[1:], sampled)
-            self._counts["accepted_draft_tokens"] += len(new) - 1
         came_out = 0
         reason = None
         for token in new:
@@ -370,8 +337,8 @@ class Scheduler:
             reason = _reason_to_end(req, token)
             if reason is not None:
                 break
-        if req is self.chunked_req and new:
-            self._finish_chunks()
+        if mode == "decode":
+            self._counts["accepted_draft_tokens"] += came_out - 1
         if reason is not None:
             self._end(req, reason, came_out)
             return
@@ -380,13 +347,11 @@ class Scheduler:
         if mode == "prefill":
             self._cache_unfinished(req)
 
-    def _fail(self, flight: Flight, error: BaseException) -> None:
-        after, self.in_flight = self.in_flight, None
-        if after is not None:
-            with suppress(BaseException):
-                after.wait()
+    def _fail(self, error: BaseException) -> None:
+        """Nothing in flight is being computed any more: end whoever is in it."""
+        failed, self.flights = self.flights, []
         reason = FinishReason("error", f"{type(error).__name__}: {error}")
-        for each in flight.extensions:
+        for each in (each for flight in failed for each in flight.extensions):
             each.req.tokens_in_flight = 0
             if each.req.state in ("chunked", "running"):
                 self._failed += 1
@@ -416,7 +381,7 @@ class Scheduler:
     def _let_go(self) -> None:
         """Release those that have ended and that no step in flight names (SCHED-22)."""
         for req in list(self.leaving):
-            if self.in_flight is None or not self.in_flight.names(req):
+            if not any(flight.names(req) for flight in self.flights):
                 self.leaving.remove(req)
                 self._release(req)
                 req.state = "finished"
@@ -463,16 +428,15 @@ class Scheduler:
 
     def retract_all(self) -> list[StepOutput]:
         """Settle what is in flight, and make every live request wait (SCHED-27)."""
-        self._settle_in_flight()
-        self._let_go()
+        self._settle_all_but(None)
         for req in self.live:
             self._retract(req)
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def flush_cache(self) -> bool:
-        """Empty everything, unless there is work (SCHED-26). O(pool)."""
-        if not self.is_idle:
+        """Empty everything, unless somebody is live (SCHED-26). O(pool)."""
+        if self.live or self.flights:
             return False
         self.tree_cache.reset()
         self.req_to_token_pool.clear()
@@ -486,10 +450,12 @@ class Scheduler:
     # What there is.
 
     def check_memory(self) -> None:
-        """Raise MemoryLeakError unless every page, row and lock has one owner (SCHED-4)."""
+        """Raise MemoryLeakError unless every page and row, and with nothing live every lock, has
+        one owner (SCHED-4).
+        """
         live = self.live
         if not live and self.server_args.check_level != "off":
-            self._check_sums()
+            check_sums(self.token_to_kv_pool_allocator, self.req_to_token_pool, self.tree_cache)
         check_memory(
             self.token_to_kv_pool_allocator,
             self.req_to_token_pool,
@@ -498,35 +464,9 @@ class Scheduler:
             level=self.server_args.check_level,
         )
 
-    def _check_sums(self) -> None:
-        """With nothing live, what is available and what can be evicted is all there is."""
-        if self.is_hybrid:
-            info = self._get_swa_token_info()
-            if info.full_num_used or info.swa_num_used:
-                raise MemoryLeakError(f"{_LEAK}{_told(info)}")
-        else:
-            available, evictable = self._get_token_info()[2:]
-            if available + evictable != self.max_total_num_tokens:
-                protected = self.tree_cache.protected_size()
-                raise MemoryLeakError(
-                    f"{_LEAK}{self.max_total_num_tokens=}, available_size={available}, "
-                    f"evictable_size={evictable}, protected_size={protected}"
-                )
-
     def _get_token_info(self) -> TokenInfo:
         """The source's four numbers, of the full pool if there are two (SCHED-3). O(1)."""
-        if self.is_hybrid:
-            info = self._get_swa_token_info()
-            return TokenInfo(
-                info.full_num_used,
-                info.full_token_usage,
-                info.full_available_size,
-                info.full_evictable_size,
-            )
-        available = self.token_to_kv_pool_allocator.available_size()
-        evictable = self.tree_cache.evictable_size()
-        used = self.max_total_num_tokens - (available + evictable)
-        return TokenInfo(used, used / self.max_total_num_tokens, available, evictable)
+        return token_info(self.token_to_kv_pool_allocator, self.tree_cache)
 
     def _get_swa_token_info(self) -> SWATokenInfo:
         """The source's eight numbers (SCHED-3). O(1)."""
@@ -534,13 +474,13 @@ class Scheduler:
 
     def view(self) -> SchedulerView:
         """The abstract state. O(waiting + live)."""
-        flight = self.in_flight
+        flying = [each.req.rid for flight in self.flights for each in flight.extensions]
         return SchedulerView(
             waiting=tuple(req.rid for req in self.waiting_queue),
             chunked=self.chunked_req.rid if self.chunked_req else None,
             running=tuple(req.rid for req in self.running),
             leaving=tuple(req.rid for req in self.leaving),
-            in_flight=tuple(each.req.rid for each in flight.extensions) if flight else (),
+            in_flight=tuple(dict.fromkeys(flying)),
             live={req.rid: _live(req) for req in self.live},
             finished=self._finished,
             failed=self._failed,
@@ -552,27 +492,6 @@ class Scheduler:
     def counters(self) -> dict[str, int]:
         """Exact costs so far (SCHED-30)."""
         return {**self._counts, "evicted_tokens": self.memory.evicted_tokens}
-
-
-def _made(cls: Callable[..., BasePrefixCache], /, **options: object) -> BasePrefixCache:
-    return cls(**options)
-
-
-def _cpp_tree(impl: ModuleType, over: Mapping[str, object], disable: bool) -> BasePrefixCache:
-    """The native tree under the source's name, with the source's options."""
-    return _made(
-        impl.RadixCacheCpp,
-        disable=disable,
-        use_hicache=False,
-        req_to_token_pool=over["req_to_token_pool"],
-        token_to_kv_pool=over["token_to_kv_pool_allocator"],
-        tp_cache_group=None,
-        page_size=over["page_size"],
-        hicache_ratio=2.0,
-        hicache_size=0,
-        hicache_write_policy="write_through",
-        enable_kv_cache_events=False,
-    )
 
 
 def _reason_to_end(req: Req, token: int) -> FinishReason | None:
@@ -596,7 +515,3 @@ def _live(req: Req) -> LiveReq:
         allocated=req.kv_allocated_len,
         output=len(req.output_ids),
     )
-
-
-def _told(info: SWATokenInfo) -> str:
-    return ", ".join(f"{name}={value}" for name, value in info._asdict().items())

@@ -165,13 +165,13 @@ class Memory:
         get = [each.reserve for each in growing]
         slots = self._alloc(growing, had, get)
         assert slots is not None, "SCHED-11: there was room for what is taken"
-        at = 0
+        rows, positions = array("q"), array("q")
         for each, start, stop in zip(growing, had, get, strict=True):
             assert each.req.req_pool_idx is not None, "SCHED-8: a live request has a row"
-            taken = slots[at : at + stop - start]
-            self.rows.write((each.req.req_pool_idx, slice(start, stop)), taken)
+            rows.extend([each.req.req_pool_idx] * (stop - start))
+            positions.extend(range(start, stop))
             each.req.kv_allocated_len = stop
-            at += stop - start
+        self.rows.write((torch.tensor(rows), torch.tensor(positions)), slots)
         self.rows.commit()
 
     def _alloc(
