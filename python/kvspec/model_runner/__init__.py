@@ -13,20 +13,36 @@ transformers is loaded when a model is made or run; `pip install 'kvspec[models]
 from kvspec.interfaces.model_runner import ForwardBatch, GenerationBatchResult, ModelWorker
 from kvspec.model_runner.models import TinyKind, tiny_model
 from kvspec.model_runner.pools import packed
+from kvspec.model_runner.reference import (
+    Comparison,
+    Mismatch,
+    compare_with_reference,
+    reference_logits,
+    reference_model,
+)
 from kvspec.model_runner.runner import Implementation, ModelRunner
 from kvspec.model_runner.sizing import MemoryFigures, PoolSizes, memory_figures, pool_sizes
+from kvspec.model_runner.weights import Loaded, load_model, load_smollm2
 
 __all__ = [
+    "Comparison",
     "ForwardBatch",
     "GenerationBatchResult",
     "Implementation",
+    "Loaded",
     "MemoryFigures",
+    "Mismatch",
     "ModelRunner",
     "ModelWorker",
     "PoolSizes",
     "TinyKind",
+    "compare_with_reference",
+    "load_model",
+    "load_smollm2",
     "memory_figures",
     "packed",
     "pool_sizes",
+    "reference_logits",
+    "reference_model",
     "tiny_model",
 ]
