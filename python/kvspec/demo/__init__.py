@@ -12,7 +12,7 @@ report     JSON, tables, one HTML page
 
 from kvspec.demo.owners import Sample, owners, tree_runs
 from kvspec.demo.pressure import MODES, Ask, Mode, ModeCheck, asks, check_mode, pool_pages
-from kvspec.demo.report import as_html, as_json, as_tables, exit_code
+from kvspec.demo.report import as_html, as_json, as_tables, exit_code, leaks
 from kvspec.demo.serving import (
     KINDS,
     CountingWorker,
@@ -61,6 +61,7 @@ __all__ = [
     "exit_code",
     "judge",
     "leaked_pages",
+    "leaks",
     "load",
     "next_prompt",
     "owners",

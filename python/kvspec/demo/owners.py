@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     pages: str
     """The owner of each page, from page 1 on."""
 
-    def count(self) -> dict[str, int]:
+    def by_owner(self) -> dict[str, int]:
         """Pages by owner."""
         return dict(Counter(self.pages))
 

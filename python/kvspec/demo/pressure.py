@@ -195,7 +195,7 @@ class _Run:
     def serve(self, runner: ModelRunner) -> None:
         scheduler, page_size = self.scheduler, runner.page_size
         allocator = scheduler.token_to_kv_pool_allocator
-        poison = Poison(allocator.get_kvcache(), page_size)
+        poison = Poison(runner.kv_pool, page_size)
         poison.freed(torch.arange(page_size, runner.max_total_num_tokens + page_size))
         begun = perf_counter()
         with kvspec.instrument(

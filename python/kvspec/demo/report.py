@@ -17,7 +17,7 @@ from kvspec.demo.serving import Kind, KindRun, Turn
 from kvspec.demo.show import Demo
 from kvspec.demo.verdict import KindVerdict
 
-__all__ = ["CALLED", "as_html", "as_json", "as_tables", "exit_code", "summary"]
+__all__ = ["CALLED", "as_html", "as_json", "as_tables", "exit_code", "leaks", "summary"]
 
 CALLED: Mapping[Kind, str] = {"none": "no cache", "chunk": "chunk cache", "radix": "radix cache"}
 _FIRST_WORDS = 14
@@ -32,13 +32,20 @@ def identical(demo: Demo) -> bool:
 
 def leaked(demo: Demo) -> int:
     """Pages that nobody gave back, of all kinds and modes (DEMO-3)."""
-    return sum(each.leaked_pages for each in (*demo.runs, *demo.checks))
+    return sum(run.leaked_pages for run in demo.runs) + sum(
+        check.leaked_pages for check in demo.checks
+    )
+
+
+def leaks(demo: Demo) -> list[str]:
+    """What the memory checker said."""
+    told = [text for run in demo.runs for text in run.leaks]
+    return told + [text for check in demo.checks for text in check.leaks]
 
 
 def exit_code(demo: Demo) -> int:
     """0 if all words are right and nothing leaked, else 1 (DEMO-6)."""
-    leaks = [text for each in (*demo.runs, *demo.checks) for text in each.leaks]
-    return int(not identical(demo) or leaked(demo) > 0 or bool(leaks))
+    return int(not identical(demo) or leaked(demo) > 0 or bool(leaks(demo)))
 
 
 # ------------------------------------------------------------------------- JSON
@@ -111,7 +118,7 @@ def _turn(turn: Turn) -> dict[str, Any]:
 
 def _timeline(run: KindRun) -> dict[str, list[Any]]:
     """Pages by owner after every step; the sum is the pool (DEMO-7)."""
-    counts = [sample.count() for sample in run.samples]
+    counts = [sample.by_owner() for sample in run.samples]
     listed = {"free": FREE, "evictable": EVICTABLE, "locked": LOCKED, "nobody": NOBODY}
     columns = {name: [each.get(owner, 0) for each in counts] for name, owner in listed.items()}
     requests = [[each.get(letter(i), 0) for i in range(len(run.conversations))] for each in counts]

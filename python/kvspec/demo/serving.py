@@ -323,8 +323,8 @@ def _told(kind: Kind, service: _Service, computed: int, seconds: float) -> KindR
 
 
 def leaked_pages(scheduler: Scheduler) -> tuple[int, list[str]]:
-    """Pages that nobody gave back, when the cache is emptied of an idle scheduler, and the checker's
-    words for them; then all is cleared (DEMO-3). O(pool).
+    """Pages that nobody gave back when the cache of an idle scheduler is emptied, and what the
+    checker says of them; then all is cleared (DEMO-3). O(pool).
     """
     allocator, rows = scheduler.token_to_kv_pool_allocator, scheduler.req_to_token_pool
     scheduler.tree_cache.reset()

@@ -63,9 +63,7 @@ def load(path: str | None = None, listener: Listener | None = None) -> Subject:
 def tiny_subject(seed: int = 0) -> Subject:
     """Random weights and the scripts' own words."""
     chat = WordChat()
-    model = tiny_model(
-        "llama", seed=seed, vocab_size=len(chat.words), max_position_embeddings=2048
-    )
+    model = tiny_model("llama", seed=seed, vocab_size=len(chat.words), max_position_embeddings=2048)
     return Subject(f"tiny llama, random weights of seed {seed}", model, chat)
 
 

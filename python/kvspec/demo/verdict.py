@@ -1,6 +1,7 @@
 """Whether all kinds said the same, and whether that is right. Spec: DEMO-1, DEMO-2."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
@@ -79,9 +80,7 @@ _Judged: TypeAlias = dict[tuple[str, int], float]
 """(turn, place in its answer) of a token that is not the reference's -> how far behind it is."""
 
 
-def judge(
-    runs: Sequence[KindRun], compare: Compare, *, tolerance: float = TOLERANCE
-) -> Verdict:
+def judge(runs: Sequence[KindRun], compare: Compare, *, tolerance: float = TOLERANCE) -> Verdict:
     """Every token of every kind against the reference, given those before it (DEMO-1, DEMO-2).
 
     Where two kinds differ one of them must have had a near tie. One forward for each conversation
@@ -146,22 +145,18 @@ def _behind(
     return known[key]
 
 
-def _unlike(
-    first: KindRun, other: KindRun, near_ties: set[tuple[str, int]]
-) -> list[Difference]:
+def _unlike(first: KindRun, other: KindRun, near_ties: set[tuple[str, int]]) -> list[Difference]:
     """Where the words of two kinds part, unless at a near tie: what follows is judged by itself."""
     found: list[Difference] = []
     for mine, theirs in zip(_conversations(first), _conversations(other), strict=True):
         answers = {turn.rid: turn.output_ids for turn in theirs}
         for turn in mine:
-            one, two = turn.output_ids, answers.get(turn.rid, ())
-            at = next((i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), None)
-            if at is None and len(one) != len(two):
-                at = min(len(one), len(two))
-            if at is None:
+            one, two = list(turn.output_ids), list(answers.get(turn.rid, ()))
+            if one == two:
                 continue
+            pairs = enumerate(zip_longest(one, two))
+            at, (expected, said) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
             if (turn.rid, at) not in near_ties:
-                said = two[at] if at < len(two) else None
-                found.append(Difference(turn.rid, at, said, one[at] if at < len(one) else None, None))
+                found.append(Difference(turn.rid, at, said, expected, None))
             break
     return found

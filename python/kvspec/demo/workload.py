@@ -31,9 +31,7 @@ class Chat(Protocol):
         """Words, without what only a model reads."""
 
 
-def next_prompt(
-    chat: Chat, prompt: Sequence[int], answer: Sequence[int], user: str
-) -> list[int]:
+def next_prompt(chat: Chat, prompt: Sequence[int], answer: Sequence[int], user: str) -> list[int]:
     """The prompt of the next turn: all tokens so far, as they are, and what follows (DEMO-8).
 
     A stop token that the model said itself is not said again.
@@ -47,9 +45,7 @@ def next_prompt(
 class TemplateChat:
     """By a tokenizer's chat template; without one, `System:`, `User:` and `Assistant:`."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", stop_token_ids: Iterable[int]
-    ) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop_token_ids: Iterable[int]) -> None:
         self._tokenizer: Any = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
 
