@@ -85,7 +85,7 @@ class KindRun(NamedTuple):
     """Of all steps, without the time it took to look."""
     samples: tuple[Sample, ...]
     tree: tuple[Node, ...]
-    """When it was fullest."""
+    """When it was fullest, of the steps after which somebody was live."""
     tree_step: int
 
 
@@ -246,7 +246,8 @@ class _Service:
             page_size=allocator.page_size,
         )
         self.samples.append(Sample(len(self.samples) + 1, self.clock(), pages))
-        if len(tree.pages) >= (len(self.fullest[1].pages) if self.fullest[1] else 1):
+        most = len(self.fullest[1].pages) if self.fullest[1] else 1
+        if scheduler.live and len(tree.pages) >= most:
             self.fullest = len(self.samples), tree
         try:
             kvspec.check_memory(
