@@ -12,6 +12,7 @@ import kvspec
 from kvspec import oracle
 from kvspec.clauses import rooms, spec_folder
 from kvspec.conformance.prefix_cache import System
+from kvspec.model_runner import MemoryFigures, pool_sizes
 
 IMPLS: list[ModuleType] = [oracle, kvspec]
 
@@ -65,6 +66,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "segment": impl.SharedSegment.create,
         "attach": impl.SharedSegment.attach,
         "page_hashes": kvspec.page_hashes,
+        "pool_sizes": pool_sizes,
+        "MemoryFigures": MemoryFigures,
         "namespace_frame": oracle.namespace_frame,
     }
 

@@ -22,7 +22,13 @@ from kvspec.model_runner.reference import (
 )
 from kvspec.model_runner.runner import Implementation, ModelRunner
 from kvspec.model_runner.sizing import MemoryFigures, PoolSizes, memory_figures, pool_sizes
-from kvspec.model_runner.weights import Loaded, load_model, load_smollm2
+from kvspec.model_runner.weights import (
+    Loaded,
+    MissingPackageError,
+    load_model,
+    load_smollm2,
+    written_once,
+)
 
 __all__ = [
     "Comparison",
@@ -32,6 +38,7 @@ __all__ = [
     "Loaded",
     "MemoryFigures",
     "Mismatch",
+    "MissingPackageError",
     "ModelRunner",
     "ModelWorker",
     "PoolSizes",
@@ -45,4 +52,5 @@ __all__ = [
     "reference_logits",
     "reference_model",
     "tiny_model",
+    "written_once",
 ]

@@ -279,12 +279,13 @@ class PagedAttention:
         requests, heads, new, dim = query.shape
         kv_heads = keys.shape[1]
         if group.causal:
-            return scaled_dot_product_attention(
+            whole: Tensor = scaled_dot_product_attention(
                 query, keys, values, is_causal=True, scale=call.scaling, enable_gqa=heads > kv_heads
             )
+            return whole
         packed = query.reshape(requests, kv_heads, -1, dim)
         if call.softcap is None and call.sinks is None:
-            found = scaled_dot_product_attention(
+            found: Tensor = scaled_dot_product_attention(
                 packed, keys, values, attn_mask=group.mask, scale=call.scaling
             )
         else:

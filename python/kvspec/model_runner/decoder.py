@@ -93,14 +93,10 @@ class Decoder:
         kv = kv_pool(oracle, self.layers, size, size if windows else None, self.dtype, 1)
         if isinstance(kv, oracle.SWAKVPool):
             kv.register_mapping(pairs)
-        found = torch.cat(
-            [
-                self.logits(
-                    step, PagedAttention(step, kv, self.layers, pairs.__getitem__, self.dtype)
-                )
-                for step in steps
-            ]
-        )
+        paged = [
+            PagedAttention(step, kv, self.layers, pairs.__getitem__, self.dtype) for step in steps
+        ]
+        found = torch.cat([self.logits(*pair) for pair in zip(steps, paged, strict=True)])
         expected = self._themselves(own_attention, torch.tensor([one, other]))
         worst = float((found - expected).abs().max())
         most = float(expected.abs().max()) * (1e-3 if self.dtype.itemsize >= 4 else 0.1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -70,8 +70,7 @@ def make_allocator(
         paired = space.SWATokenToKVPoolAllocator(
             size, size_swa, dtype, "cpu", kv, need_sort, page_size=page_size
         )
-        assert not isinstance(kv, space.MHATokenToKVPool)
-        kv.register_mapping(paired)
+        cast(SWAKVPool, kv).register_mapping(paired)
         return paired, paired.translate_loc_from_full_to_swa
     if page_size == 1:
         return space.TokenToKVPoolAllocator(size, dtype, "cpu", kv, need_sort), None

@@ -59,6 +59,8 @@ def reference_model(model: "PreTrainedModel") -> "PreTrainedModel":
     own = copy.deepcopy(model).double().eval()
     if own._supports_sdpa:
         own.set_attn_implementation("sdpa")
+    if getattr(own.config, "_experts_implementation", None) is not None:
+        own.set_experts_implementation("eager")  # the others have no float64
     return own
 
 

