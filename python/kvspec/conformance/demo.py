@@ -7,9 +7,11 @@ on every slot that it reads. A model of transformers is made for the modes under
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -38,7 +40,7 @@ from kvspec.demo import (
     pressure,
     serving,
 )
-from kvspec.interfaces.prefix_cache import CacheView, PageView
+from kvspec.interfaces.prefix_cache import CacheView, PageView, Path
 from kvspec.interfaces.request_pool import ReqToTokenPoolView
 from kvspec.interfaces.slot_allocator import AllocatorView
 from kvspec.model_runner import (
@@ -51,7 +53,7 @@ from kvspec.model_runner import (
 )
 from kvspec.scheduler import Scheduler
 
-__all__ = ["DemoConformance", "conversations", "mode_check", "seen"]
+__all__ = ["DemoConformance", "conversations", "mode_check", "one_thread", "seen"]
 
 PAGE = 4
 SYSTEMS = "you answer in few words", "you ask back and never answer at all"
@@ -146,11 +148,30 @@ def mode_check(**given: Any) -> ModeCheck:
     return ModeCheck(**(well | given))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in one: of matrices this small it takes longer to share the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @cache
 def _tiny() -> tuple[Any, Any]:
     """A model of transformers, and what it is compared with."""
     model = tiny_model("llama", vocab_size=len(CHAT.words), max_position_embeddings=256)
     return model, partial(compare_with_reference, reference_model(model))
+
+
+@cache
+def _sound_runs() -> tuple[KindRun, ...]:
+    """What the unbroken functions make of the conversations, over the oracle."""
+    suite = DemoConformance()
+    suite.impl = kvspec.oracle
+    return tuple(suite.serve(kind) for kind in KINDS)
 
 
 class DemoConformance(Conformance):
@@ -165,6 +186,14 @@ class DemoConformance(Conformance):
         given = getattr(self.impl, name, None)
         function = given if inspect.isfunction(given) else getattr(kvspec.demo, name)
         return watch_function(self.impl_name, function, "demo")
+
+    def leaves_alone(self, *names: str) -> bool:
+        """Whether this is a mutant that has nothing to do with these functions: what others do with
+        them is known already.
+        """
+        if self.impl_name != MUTANT:
+            return False
+        return not any(inspect.isfunction(getattr(self.impl, name, None)) for name in names)
 
     def worker(self, space: Any = None, pages: int = 64, **more: Any) -> WordWorker:
         """`space` is the namespace that pools come from."""
@@ -189,6 +218,8 @@ class DemoConformance(Conformance):
         return run
 
     def runs(self) -> list[KindRun]:
+        if self.leaves_alone("serve"):
+            return list(_sound_runs())
         return [self.serve(kind) for kind in KINDS]
 
     # ------------------------------------------------------------------------- words
@@ -213,8 +244,8 @@ class DemoConformance(Conformance):
         verdict: Verdict = self.function("judge")(runs, by_words)
         assert not verdict.identical_output
         for at in wrong:
-            told = verdict.kinds[at].differences[0]
             assert not verdict.kinds[at].identical_output
+            told = verdict.kinds[at].differences[0]
             assert (told.rid, told.position, told.token) == ("1/1", 5, said[-1])
             assert told.expected == right
 
@@ -283,6 +314,8 @@ class DemoConformance(Conformance):
     @clause("DEMO-8")
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_prompt_served_begins_with_the_conversation(self, kind: Kind) -> None:
+        if self.leaves_alone("serve"):
+            return
         run = self.serve(kind)
         assert sorted(turn.rid for turn in run.turns) == [
             f"{script.name}/{at + 1}" for script in SCRIPTS for at in range(len(script.questions))
@@ -298,6 +331,8 @@ class DemoConformance(Conformance):
     @clause("DEMO-4")
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_is_not_cached_is_computed(self, kind: Kind) -> None:
+        if self.leaves_alone("serve"):
+            return
         computed: list[int] = []
         run = self.serve(kind, self.worker(before=lambda b: computed.append(len(b.input_ids))))
         assert run.retractions == 0
@@ -311,19 +346,23 @@ class DemoConformance(Conformance):
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_nobody_gave_back_is_counted(self, kind: Kind) -> None:
         """A page of each of the first three frees is kept back."""
+        if self.leaves_alone("serve"):
+            return
         base: Any = self.impl.PagedTokenToKVPoolAllocator
         kept: list[int] = []
 
-        class Keeping(base):
-            def free(self, free_index: Any, *more: Any) -> None:
-                slots = torch.as_tensor(free_index)
-                if len(kept) < 3 and len(slots) >= PAGE:
-                    kept.append(int(slots[0]) // PAGE)
-                    slots = slots[slots // PAGE != kept[-1]]
-                if len(slots):
-                    super().free(slots, *more)
+        def free(allocator: Any, free_index: Any) -> None:
+            slots = torch.as_tensor(free_index)
+            if len(kept) < 3 and len(slots) >= PAGE:
+                kept.append(int(slots[0]) // PAGE)
+                slots = slots[slots // PAGE != kept[-1]]
+            if len(slots):
+                base.free(allocator, slots)
 
-        space = type("Space", (), {**vars(self.impl), "PagedTokenToKVPoolAllocator": Keeping})
+        space = SimpleNamespace(
+            ReqToTokenPool=self.impl.ReqToTokenPool,
+            PagedTokenToKVPoolAllocator=type("Keeping", (base,), {"free": free}),
+        )
         leaking = self.serve(kind, self.worker(space))
         assert leaking.leaked_pages == len(kept) == 3
         assert all(any(f"page {page} " in leak for leak in leaking.leaks) for page in kept)
@@ -334,6 +373,8 @@ class DemoConformance(Conformance):
     @pytest.mark.parametrize("kind", KINDS)
     def test_time_to_the_first_token_is_that_of_the_turn(self, kind: Kind) -> None:
         """The clock goes on by one with each step, and by a thousand with each look."""
+        if self.leaves_alone("serve"):
+            return
         clock = [0.0]
 
         def look(_: Any) -> None:
@@ -360,7 +401,7 @@ class DemoConformance(Conformance):
         books = AllocatorView((3,), (7,), (8,), frozenset({1, 2, 4, 5, 6, 9}), False)
         rows = ReqToTokenPoolView((), {1: (*range(4, 12), 16, 17), 2: (4, 5, 6, 7, 20)})
         page = PageView(page=1, locks=2, last=0, born=0, hits=0, priority=0, cut=False)
-        resident = {
+        resident: dict[Path, PageView] = {
             (None, (1, 2, 3, 4)): page,
             (None, (1, 2, 3, 4, 5, 6, 7, 8)): page._replace(page=2, locks=1),
             (None, (1, 2, 3, 4, 9, 9, 9, 9)): page._replace(page=6, locks=0),
@@ -378,6 +419,8 @@ class DemoConformance(Conformance):
     @clause("DEMO-7")
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_timeline_has_every_page_after_every_step(self, kind: Kind) -> None:
+        if self.leaves_alone("serve"):
+            return
         worker = self.worker(pages=24)
         seen: list[tuple[int, int, int]] = []
 
@@ -405,30 +448,29 @@ class DemoConformance(Conformance):
     # ------------------------------------------------------------------------- the modes
 
     def requests(self) -> list[Ask]:
-        return pressure.asks(CHAT, 60, scripts=SCRIPTS, answer=12)
+        return pressure.asks(CHAT, 40, scripts=SCRIPTS, answer=6)
 
-    def check(self, mode: Mode, compare: Any = None, **more: Any) -> ModeCheck:
-        model, reference = _tiny()
-        check: ModeCheck = self.function("check_mode")(
-            model,
-            mode,
-            self.requests(),
-            compare or reference,
-            implementation=self.implementation,
-            **more,
-        )
+    def check(self, mode: Mode) -> ModeCheck:
+        with one_thread():
+            model, reference = _tiny()
+        with patch.object(pressure, "RETRACT_EVERY", 9), one_thread():
+            check: ModeCheck = self.function("check_mode")(
+                model, mode, self.requests(), reference, implementation=self.implementation
+            )
         return check
 
     @clause("DEMO-9")
     @pytest.mark.parametrize(("batch", "page_size"), [(8, 1), (2, 4)])
     def test_hardly_any_room_changes_no_word(self, batch: int, page_size: int) -> None:
+        if self.leaves_alone("check_mode"):
+            return
         requests = self.requests()
         largest = max(len(each.prompt_ids) + each.max_new_tokens - 1 for each in requests)
         told = self.check(Mode(batch, page_size))
         assert told.identical_output
         assert told.largest_request == largest
         assert 11 * largest <= 10 * told.pool_tokens < 11 * largest + 10 * page_size
-        assert told.tokens == sum(each.max_new_tokens for each in requests) >= 60
+        assert told.tokens == sum(each.max_new_tokens for each in requests) >= 40
         assert told.retractions > 0
         assert told.evicted_tokens > 0
         assert told.max_logit_difference is not None
@@ -437,6 +479,9 @@ class DemoConformance(Conformance):
 
     @clause("DEMO-9")
     def test_a_logit_that_is_off_is_told(self) -> None:
+        if self.leaves_alone("check_mode"):
+            return
+
         class Off(ModelRunner):
             def forward_batch_generation(self, batch: Any) -> Any:
                 result = super().forward_batch_generation(batch)
@@ -445,13 +490,15 @@ class DemoConformance(Conformance):
                 return result
 
         with patch.object(pressure, "ModelRunner", Off):
-            told = self.check(Mode(4, 1))
+            told = self.check(Mode(2, 1))
         assert not told.identical_output
         assert told.max_logit_difference == pytest.approx(0.01, abs=1e-3)
 
     @clause("DEMO-9")
     def test_what_is_free_is_poison(self) -> None:
         """Also before anybody has had it."""
+        if self.leaves_alone("check_mode"):
+            return
         stale: list[int] = []
 
         class Peeking(ModelRunner):
@@ -464,11 +511,14 @@ class DemoConformance(Conformance):
 
         with patch.object(pressure, "ModelRunner", Peeking):
             self.check(Mode(1, 1))  # one at a time: nothing is given back while a step is computed
-        assert len(stale) > 60
+        assert len(stale) >= 40
         assert not any(stale)
 
     @clause("DEMO-9")
     def test_an_answer_that_is_cut_short_is_told(self) -> None:
+        if self.leaves_alone("check_mode"):
+            return
+
         class Rejecting(Scheduler):
             def add_request(self, req: Any) -> None:
                 super().add_request(req)
@@ -476,7 +526,7 @@ class DemoConformance(Conformance):
                     self.abort_request(req.rid)
 
         with patch.object(pressure, "Scheduler", Rejecting):
-            told = self.check(Mode(4, 4))
+            told = self.check(Mode(2, 4))
         assert not told.identical_output
         assert [each.rid for each in told.differences] == ["long"]
 

@@ -35,7 +35,7 @@ class Mode(NamedTuple):
 MODES = (Mode(1, 1), Mode(1, 16), Mode(8, 1), Mode(8, 16))
 
 
-_RETRACT_EVERY = 50
+RETRACT_EVERY = 50
 """Steps after which all are retracted at once, beside those that there is no room for."""
 
 
@@ -99,7 +99,7 @@ def asks(
 def pool_pages(requests: Sequence[Ask], page_size: int) -> int:
     """1.1 of the largest request, in whole pages (DEMO-9)."""
     largest = max(each.most_slots for each in requests)
-    return math.ceil(1.1 * largest / page_size)
+    return -(-11 * largest // (10 * page_size))
 
 
 class _Logits:
@@ -215,7 +215,7 @@ class _Run:
 
     def step(self, poison: Poison) -> None:
         self.steps += 1
-        retract = self.steps % _RETRACT_EVERY == 0
+        retract = self.steps % RETRACT_EVERY == 0
         outputs = self.scheduler.retract_all() if retract else self.scheduler.step()
         self.logits.take(outputs)
         self.check(poison)
