@@ -501,17 +501,27 @@ class DemoConformance(Conformance):
             return
         stale: list[int] = []
 
-        class Peeking(ModelRunner):
-            def forward_batch_generation(self, batch: Any) -> Any:
-                books = self.allocator.view()
-                free = torch.tensor([*books.free, *books.release], dtype=torch.int64)
-                keys = self.kv_pool.get_key_buffer(0)[free]
-                stale.append(int((~keys.isnan()).sum()))
-                return super().forward_batch_generation(batch)
+        class Zeroed(ModelRunner):
+            def __init__(self, *given: Any, **more: Any) -> None:
+                super().__init__(*given, **more)
+                for layer in range(self.kv_pool.layer_num):
+                    self.kv_pool.get_key_buffer(layer).zero_()
 
-        with patch.object(pressure, "ModelRunner", Peeking):
-            self.check(Mode(1, 1))  # one at a time: nothing is given back while a step is computed
-        assert len(stale) >= 40
+        class Peeking(Scheduler):
+            def step(self) -> list[Any]:
+                books = self.token_to_kv_pool_allocator.view()
+                free = torch.tensor([*books.free, *books.release], dtype=torch.int64)
+                worker: Any = self.tp_worker
+                keys = worker.worker.kv_pool.get_key_buffer(0)[free]
+                stale.append(int((~keys.isnan()).sum()))
+                return super().step()
+
+        with (
+            patch.object(pressure, "ModelRunner", Zeroed),
+            patch.object(pressure, "Scheduler", Peeking),
+        ):
+            self.check(Mode(2, 1))
+        assert len(stale) > 20
         assert not any(stale)
 
     @clause("DEMO-9")

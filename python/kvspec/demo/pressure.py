@@ -196,9 +196,8 @@ class _Run:
         scheduler, page_size = self.scheduler, runner.page_size
         allocator = scheduler.token_to_kv_pool_allocator
         poison = Poison(runner.kv_pool, page_size)
-        poison.freed(torch.arange(page_size, runner.max_total_num_tokens + page_size))
         begun = perf_counter()
-        with kvspec.instrument(
+        with kvspec.instrument(  # which fills what is free already, too
             scheduler.tree_cache, allocator, scheduler.req_to_token_pool, level="off", poison=poison
         ):
             try:
