@@ -94,7 +94,7 @@ def tree_runs(tree: CacheView) -> list[TreeRun]:
     runs: list[TreeRun] = []
     place: dict[Path | None, int | None] = {None: None}
     ends: dict[int, Path] = {}
-    for path in sorted(tree.pages, key=lambda path: (len(path[1]), repr(path))):
+    for path in sorted(tree.pages, key=lambda path: (len(path[1]), repr(path[0]), path[1])):
         page, parent = tree.pages[path], parents[path]
         at = place[parent]
         new = path[1][len(parent[1]) if parent else 0 :]
