@@ -268,7 +268,8 @@ class PagedAttention:
             found = bits.view(rows.dtype)
         else:
             found = rows.index_select(0, group.slots)
-        return found.to(self._dtype).unflatten(0, (group.requests, -1)).transpose(1, 2)
+        read: Tensor = found.to(self._dtype).unflatten(0, (group.requests, -1)).transpose(1, 2)
+        return read
 
     @staticmethod
     def _attend(call: Call, group: Group, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -284,8 +285,9 @@ class PagedAttention:
             )
             return whole
         packed = query.reshape(requests, kv_heads, -1, dim)
+        found: Tensor
         if call.softcap is None and call.sinks is None:
-            found: Tensor = scaled_dot_product_attention(
+            found = scaled_dot_product_attention(
                 packed, keys, values, attn_mask=group.mask, scale=call.scaling
             )
         else:

@@ -396,6 +396,18 @@ class ModelRunnerConformance(Conformance):
         after = runner.forward_batch_generation(batch).next_token_logits
         assert torch.allclose(after, 2 * before, atol=1e-4)
 
+    @clause("RUN-20")
+    def test_of_equal_words_any_may_be_sampled(self) -> None:
+        model = kvspec.model_runner.tiny_model("llama", seed=3)
+        with torch.no_grad():
+            model.lm_head.weight[40:] = 0.0
+            model.lm_head.weight[:40] = model.lm_head.weight[:1]
+        batch = packed([(tokens_of(0, 5), torch.arange(1, 6))])
+        result = self.runner(model=model).forward_batch_generation(batch)
+        logits = result.next_token_logits
+        chosen = logits.gather(1, result.next_token_ids[:, None])[:, 0]
+        assert torch.equal(chosen, logits.max(dim=-1).values)
+
     # -- costs -----------------------------------------------------------------------------------
 
     @clause("RUN-14")
