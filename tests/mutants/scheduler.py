@@ -240,7 +240,7 @@ class _Locking(PrefillAdder):
 
 
 @registry.mutant(
-    *("SCHED-11", "SCHED-8", "SCHED-16", "SCHED-17", "SCHED-22", "SCHED-29"),
+    *("SCHED-11", "SCHED-8", "SCHED-16", "SCHED-17", "SCHED-22"),
     reports=("SG-21404", "SG-16067"),
 )
 class LocksWhoIsNotAdmitted(Scheduler):
@@ -252,7 +252,7 @@ class _Whole(PrefillAdder):
         return self.memory.tree_cache.match_prefix(req.tokens, extra_key=req.extra_key)
 
 
-@registry.mutant("SCHED-12", "SCHED-8", "SCHED-29")
+@registry.mutant("SCHED-12", "SCHED-8")
 class MatchesTheLastTokenToo(Scheduler):
     """All is there, nothing is to be computed, and nothing ever comes out."""
 
@@ -291,7 +291,7 @@ class EvictsWhenNothingIsShort(WithMemory):
 
 
 @registry.mutant(
-    *("SCHED-14", "SCHED-5", "SCHED-8", "SCHED-17", "SCHED-23", "SCHED-26", "SCHED-27", "SCHED-29"),
+    *("SCHED-14", "SCHED-5", "SCHED-8", "SCHED-17", "SCHED-23", "SCHED-26", "SCHED-27"),
     reports=("JAX-971",),
 )
 class LosesCountOfChunks(Scheduler):
@@ -324,7 +324,7 @@ class ComputesATokenTooMany(Scheduler):
 # Running
 
 
-@registry.mutant("SCHED-15", "SCHED-16", "SCHED-22", "SCHED-24", "SCHED-30")
+@registry.mutant("SCHED-15", "SCHED-16", "SCHED-22", "SCHED-24")
 class ReservesAPage(Scheduler):
     def _next_token(self, req: Req) -> Extension:
         extension = super()._next_token(req)
@@ -351,7 +351,7 @@ class ThrowsAwayWhatWasComputed(Scheduler):
         super()._retract(req)
 
 
-@registry.mutant("SCHED-16", "SCHED-8", "SCHED-17", "SCHED-27", "SCHED-29")
+@registry.mutant("SCHED-16", "SCHED-8", "SCHED-17", "SCHED-27")
 class ForgetsWhatWasSaid(Scheduler):
     def _retract(self, req: Req) -> None:
         super()._retract(req)
@@ -359,7 +359,7 @@ class ForgetsWhatWasSaid(Scheduler):
 
 
 @registry.mutant(
-    *("SCHED-16", "SCHED-17", "SCHED-26", "SCHED-27", "SCHED-29", "SCHED-8", "SCHED-19"),
+    *("SCHED-16", "SCHED-17", "SCHED-26", "SCHED-27", "SCHED-8"),
     reports=("SG-22862",),
 )
 class LosesTheTailOfWhoIsPutBack(Scheduler):
@@ -533,7 +533,7 @@ class _Unrecorded(Memory):
                 self.allocator.alloc(self.page_size)
 
 
-@registry.mutant("SCHED-24", "SCHED-23", reports=("JAX-1147",))
+@registry.mutant("SCHED-24", reports=("JAX-1147",))
 class LosesTheSlotsOfDrafts(WithMemory):
     """It takes them anew in every step, and its lengths do not know of them."""
 

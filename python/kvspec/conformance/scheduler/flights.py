@@ -95,7 +95,7 @@ class Flights(SchedulerSuite):
             assert not faults
 
     @clause("SCHED-23")
-    @in_modes("overlap", "drafts")
+    @in_modes("overlap")
     def test_the_words_are_the_same_in_every_mode(self, mode: str) -> None:
         options = {"chunked_prefill_size": 5, "schedule_policy": "lpm"} | MODES[mode]
         with self.serving(pages=14, schedule_conservativeness=0.1, **options) as serving:

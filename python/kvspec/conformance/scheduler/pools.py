@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kvspec.conformance import clause
-from kvspec.conformance.scheduler.serving import SchedulerSuite, tokens
+from kvspec.conformance.scheduler.serving import SchedulerSuite, each_of, tokens
 from kvspec.errors import ContractError, MemoryLeakError
 from kvspec.memory_checker import get_swa_token_info
 from kvspec.scheduler import Req, ServerArgs
@@ -177,8 +177,8 @@ class Pools(SchedulerSuite):
             with pytest.raises(MemoryLeakError):
                 serving.scheduler.step()
 
-    @pytest.mark.parametrize("options", [{}, _ALONE, _WINDOW])
     @clause("SCHED-5")
+    @each_of("options", [{}, _ALONE, _WINDOW], {})
     def test_the_check_knows_who_is_in_the_middle_of_a_prompt(
         self, options: dict[str, Any]
     ) -> None:

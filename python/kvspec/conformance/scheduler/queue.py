@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kvspec.conformance import clause
-from kvspec.conformance.scheduler.serving import SchedulerSuite, Serving, tokens
+from kvspec.conformance.scheduler.serving import SchedulerSuite, Serving, each_of, tokens
 from kvspec.errors import ContractError
 from kvspec.scheduler import Req
 
@@ -274,8 +274,8 @@ class Queue(SchedulerSuite):
             serving.finish()
             serving.assert_right()
 
-    @pytest.mark.parametrize("size", [3, 4, 7])
     @clause("SCHED-14")
+    @each_of("size", [3, 4, 7], 3)
     def test_a_prompt_goes_on_in_the_next_step_from_where_it_is(self, size: int) -> None:
         with self.serving(chunked_prefill_size=size) as serving:
             serving.add("a", tokens(1, 22), 3)

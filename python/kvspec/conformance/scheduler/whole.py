@@ -7,6 +7,7 @@ from kvspec.conformance.scheduler.serving import (
     MODES,
     SchedulerSuite,
     Serving,
+    each_of,
     in_modes,
     tokens,
 )
@@ -60,7 +61,7 @@ class Whole(SchedulerSuite):
             assert serving.scheduler.retract_all() == []
 
     @clause("SCHED-29")
-    @in_modes("plain")
+    @in_modes()
     def test_everybody_is_served_however_small_the_pool(self, mode: str) -> None:
         options: dict[str, Any] = {"chunked_prefill_size": 5, "schedule_policy": "lpm"}
         with self.serving(
@@ -76,9 +77,17 @@ class Whole(SchedulerSuite):
             serving.assert_right()
 
     @clause("SCHED-30")
-    def test_what_a_step_does_is_counted_and_does_not_grow_with_the_pool(self) -> None:
+    @each_of("page_size", [1, 4])
+    def test_what_a_step_does_is_counted_and_does_not_grow_with_the_pool(
+        self, page_size: int
+    ) -> None:
         def work(pages: int) -> list[dict[str, int]]:
-            with self.serving(pages=pages, check_level="off", schedule_policy="lpm") as serving:
+            with self.serving(
+                pages=pages * 4 // page_size,
+                page_size=page_size,
+                check_level="off",
+                schedule_policy="lpm",
+            ) as serving:
                 asked = _count_calls(serving)
                 for at in range(4):
                     serving.add(f"{at}", tokens(at, 9), 12)
