@@ -12,6 +12,7 @@ import kvspec
 from kvspec import oracle
 from kvspec.clauses import rooms, spec_folder
 from kvspec.conformance.prefix_cache import System
+from kvspec.conformance.scheduler.worker import WordWorker
 from kvspec.model_runner import MemoryFigures, pool_sizes
 
 IMPLS: list[ModuleType] = [oracle, kvspec]
@@ -38,6 +39,13 @@ def names(impl: ModuleType) -> dict[str, Any]:
         shape = {"label": "example", "block_bytes": 8, "block_count": 2, "reader_count": 1}
         return impl.ShmChannel.create(**(shape | given))
 
+    def scheduler(**given: Any) -> Any:
+        args = impl.ServerArgs(
+            disable_overlap_schedule=True,
+            implementation="oracle" if impl is oracle else "native",
+        )
+        return impl.Scheduler(args, WordWorker(impl, rows=8, **given))
+
     def readers(writer: Any, *places: int) -> list[Any]:
         attach = impl.ShmChannel.attach
         return [attach(writer.name, r) for r in places or range(writer.reader_count)]
@@ -62,6 +70,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "ledger": partial(impl.OwnershipLedger, page_size=4, row_count=2),
         "channel": channel,
         "readers": readers,
+        "scheduler": scheduler,
+        "req": impl.Req,
         "radix": partial(System.make, impl),
         "swaradix": partial(System.make, impl, kind="swaradix"),
         "swachunk": partial(System.make, impl, kind="swachunk", handed_out=False),

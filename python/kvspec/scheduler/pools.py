@@ -46,11 +46,13 @@ def refuse_misfits(
     if server_args.experimental_cpp_radix_tree and server_args.implementation == "oracle":
         raise ContractError("SCHED-2: experimental_cpp_radix_tree=True, but the oracle has none")
     if has_windows(allocator):
-        pages = cast(SWATokenToKVPoolAllocator, allocator).size_swa // allocator.page_size
-        if window is None or pages < -(-window // allocator.page_size) + 2:
+        size = allocator.page_size
+        pages = cast(SWATokenToKVPoolAllocator, allocator).size_swa // size
+        new = server_args.speculative_num_draft_tokens + 1
+        if window is None or pages < -(-window // size) + 1 + -(-new // size):
             raise ContractError(
-                f"SCHED-2: a window pool of {pages} pages of {allocator.page_size} is smaller than"
-                f" a window of {window} tokens and 2 pages"
+                f"SCHED-2: a window pool of {pages} pages of {size} is smaller than what one"
+                f" request needs: a window of {window} tokens, a page begun, and {new} new tokens"
             )
 
 

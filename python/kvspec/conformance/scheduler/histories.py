@@ -51,13 +51,14 @@ def draw(seed: int) -> History:
     drafts = r.choice([0, 0, 2, 4])
     longest, rows = r.choice(_LONGEST_PROMPTS), r.randrange(1, 6)
     need = -(-(longest + _MOST_NEW) // page_size)
+    least = -(-(window or 0) // page_size) + 1 + -(-(drafts + 1) // page_size)
     worker = {
         "pages": need + r.randrange(2 * need),
         "page_size": page_size,
         "rows": rows,
         "context": 200,
         "window": window,
-        "swa_pages": -(-window // page_size) + 2 + r.randrange(need) if window else 0,
+        "swa_pages": least + r.randrange(need) if window else 0,
         "vocabulary": r.choice([2, 50]),
     }
     args = {

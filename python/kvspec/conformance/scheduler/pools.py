@@ -38,6 +38,7 @@ REFUSED: list[dict[str, Any]] = [
     {"speculative_num_draft_tokens": -1},
     {"speculative_num_draft_tokens": 1, "disable_overlap_schedule": False},
     {"window": 9, "swa_pages": 4},
+    {"window": 9, "swa_pages": 5, "speculative_num_draft_tokens": 4},
 ]
 
 

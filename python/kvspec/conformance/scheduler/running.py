@@ -255,9 +255,10 @@ class Running(SchedulerSuite):
             serving.assert_empty()
 
     @clause("SCHED-28")
-    @each_of("mode", ["plain", "overlap", "alone"], "alone")
+    @each_of("mode", ["plain", "overlap", "alone", "drafts"], "alone")
     @each_of("window", [1, 4, 5, 9], 5)
     def test_no_window_that_is_still_read_is_given_back(self, window: int, mode: str) -> None:
+        """In the smallest pool that may be."""
         swa_pages = -(-window // 4) + 2
         with self.serving(window=window, swa_pages=swa_pages, **MODES[mode]) as serving:
             faults = serving.watch_what_flies()
