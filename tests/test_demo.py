@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from jinja2 import TemplateError
 
 import kvspec
 import kvspec.oracle
@@ -21,6 +22,7 @@ from kvspec.conformance import clause
 from kvspec.conformance.demo import DemoConformance, one_thread
 from kvspec.demo import SCRIPTS, TemplateChat, next_prompt
 from kvspec.demo.owners import packed_pages, tree_runs
+from kvspec.errors import ContractError
 from kvspec.interfaces.prefix_cache import CacheView, PageView
 from needs import native
 
@@ -147,7 +149,7 @@ def test_json_alone_goes_to_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvspec.demo.show.SCRIPTS", SCRIPTS[:1])
-    given = ["demo", "--tiny", "--quick", "--seed", "3", "--page-size", "1"]
+    given = ["demo", "--tiny", "--quick", "--seed", "3", "--page-size", "4"]
     with one_thread():
         code = main([*given, "--json", "-", "--report", str(tmp_path / "page.html")])
     out, err = capsys.readouterr()
@@ -155,7 +157,7 @@ def test_json_alone_goes_to_standard_output(
     assert err == ""
     told = json.loads(out)
     assert told["model"] == "tiny llama, random weights of seed 3"
-    assert told["page_size"] == 1
+    assert told["page_size"] == 4
     assert list(told["kinds"]) == ["none", "chunk", "radix"]
 
 
@@ -276,6 +278,28 @@ def test_the_template_is_what_is_said_turn_by_turn(stops: bool) -> None:
     answer = [tokenizer.words["me"], *([0] if stops else [])]
     assert next_prompt(chat, first, answer, "why ?") == whole["input_ids"]
     assert chat.text(answer) == "me"
+
+
+def test_a_template_without_a_system_prompt_has_it_in_the_first_question() -> None:
+    class Strict(_Tokenizer):
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+            if messages[0]["role"] == "system":
+                raise TemplateError("system is no role")
+            return super().apply_chat_template(messages, **options)
+
+    tokenizer: Any = Strict()
+    chat = TemplateChat(tokenizer, [0])
+    assert chat.text(chat.opening("be brief", "who?")).split()[2:5] == ["be", "brief", "who?"]
+
+
+def test_a_template_that_hides_answers_is_refused() -> None:
+    class Hiding(_Tokenizer):
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+            return super().apply_chat_template([m for m in messages if m["role"] == "user"])
+
+    tokenizer: Any = Hiding()
+    with pytest.raises(ContractError, match="DEMO-8: the chat template does not show"):
+        TemplateChat(tokenizer, [0]).follow_up("why?")
 
 
 def test_without_a_template_it_is_plain_text() -> None:

@@ -84,7 +84,7 @@ def demo(
     implementation: Implementation = "native",
     page_size: int = 16,
     max_new_tokens: int = 24,
-    max_running: int = 4,
+    max_running: int = 8,
     pressure_tokens: int = 1000,
     tolerance: float = TOLERANCE,
     listener: Listener | None = None,
@@ -93,64 +93,82 @@ def demo(
     unless it is to be `quick`, check the four modes too.
     """
     begun = perf_counter()
-    chat, scripts = subject.chat, SCRIPTS[:6] if quick else SCRIPTS
-    most = longest(scripts, chat, max_new_tokens)
-    runner = ModelRunner(
-        subject.model,
-        page_size=page_size,
-        max_total_tokens=max_running * math.ceil(most / page_size) * page_size,
-        max_running_requests=max_running,
-        context_length=most,
-        implementation=implementation,
-    )
-    worker = CountingWorker(runner)
-    runs = [
-        serve(
-            worker,
-            kind,
-            scripts,
-            chat,
-            implementation=implementation,
-            max_new_tokens=max_new_tokens,
-            max_running=max_running,
-            listener=listener,
-        )
-        for kind in KINDS
-    ]
+    scripts = SCRIPTS[:6] if quick else SCRIPTS
+    side_by_side = _SideBySide(scripts, implementation, page_size, max_new_tokens, max_running)
+    runs = side_by_side.serve(subject, listener)
     _note(listener, "comparing every word with the model in float64, without a cache")
     compare = partial(compare_with_reference, reference_model(subject.model))
     verdict = judge(runs, compare, tolerance=tolerance)
     checks: list[ModeCheck] = []
-    requests = asks(chat, pressure_tokens)
     for mode in () if quick else MODES:
-        _note(
-            listener,
-            f"batch {mode.batch}, page {mode.page_size}: {pressure_tokens:,} tokens with hardly any"
-            " room, poison in what is free, and every logit compared",
-        )
+        _note(listener, _ABOUT_A_MODE.format(*mode, pressure_tokens))
         checks.append(
             check_mode(
                 subject.model,
                 mode,
-                requests,
+                asks(subject.chat, pressure_tokens),
                 compare,
                 implementation=implementation,
                 tolerance=tolerance,
             )
         )
     return Demo(
-        subject.name,
-        implementation,
-        page_size,
-        quick,
-        tolerance,
-        tuple(scripts),
-        tuple(runs),
-        verdict,
-        tuple(checks),
-        chat,
-        perf_counter() - begun,
+        model=subject.name,
+        implementation=implementation,
+        page_size=page_size,
+        quick=quick,
+        tolerance=tolerance,
+        scripts=tuple(scripts),
+        runs=tuple(runs),
+        verdict=verdict,
+        checks=tuple(checks),
+        chat=subject.chat,
+        seconds=perf_counter() - begun,
     )
+
+
+_ABOUT_A_MODE = (
+    "batch {}, page {}: {:,} tokens with hardly any room, poison in what is free, and every logit"
+    " compared"
+)
+
+
+class _SideBySide(NamedTuple):
+    """How the conversations are served."""
+
+    scripts: Sequence[Script]
+    implementation: Implementation
+    page_size: int
+    max_new_tokens: int
+    max_running: int
+
+    def serve(self, subject: Subject, listener: Listener | None) -> list[KindRun]:
+        """Under one kind after the other, from one pool that has room for all who run."""
+        most = longest(self.scripts, subject.chat, self.max_new_tokens)
+        running = min(self.max_running, len(self.scripts))
+        worker = CountingWorker(
+            ModelRunner(
+                subject.model,
+                page_size=self.page_size,
+                max_total_tokens=running * math.ceil(most / self.page_size) * self.page_size,
+                max_running_requests=running,
+                context_length=most,
+                implementation=self.implementation,
+            )
+        )
+        return [
+            serve(
+                worker,
+                kind,
+                self.scripts,
+                subject.chat,
+                implementation=self.implementation,
+                max_new_tokens=self.max_new_tokens,
+                max_running=running,
+                listener=listener,
+            )
+            for kind in KINDS
+        ]
 
 
 def _note(listener: Listener | None, text: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvspec.demo.texts import SCRIPTS, Script
+from kvspec.errors import ContractError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +61,10 @@ class TemplateChat:
             {"role": "assistant", "content": _MARK},
             {"role": "user", "content": user},
         ]
-        return self._ids(self._rendered(said).rpartition(_MARK)[2])
+        _, mark, after = self._rendered(said).rpartition(_MARK)
+        if not mark:
+            raise ContractError("DEMO-8: the chat template does not show what an assistant said")
+        return self._ids(after)
 
     def text(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -70,6 +74,16 @@ class TemplateChat:
         if not self._tokenizer.chat_template:
             lines = (f"{each['role'].capitalize()}: {each['content']}\n" for each in messages)
             return f"{''.join(lines)}Assistant:"
+        from jinja2 import TemplateError
+
+        try:
+            return self._by_template(messages)
+        except TemplateError:  # it knows no system prompt
+            system, user, *rest = messages
+            both = f"{system['content']}\n\n{user['content']}"
+            return self._by_template([{"role": "user", "content": both}, *rest])
+
+    def _by_template(self, messages: list[dict[str, str]]) -> str:
         text: str = self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
