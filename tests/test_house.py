@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kvspec
 from kvspec.clauses import rooms
 from needs import native
@@ -56,6 +58,21 @@ def test_the_example_of_host_memory_does_what_it_says() -> None:
     names["reader"].close()
     names["writer"].close()
     names["segment"].close()
+
+
+@native
+def test_the_example_of_transformers_does_what_it_says() -> None:
+    from kvspec.conformance.generate_cache import language_model, plain, words
+
+    prompt, question = words(40), words(5, seed=9)
+    names = run_the_example_of(
+        "Prefix reuse in transformers", model=language_model(), prompt=prompt, question=question
+    )
+    counted = names["cache"].counters()
+    assert counted["cached_tokens"] == (40 + 64 - 1) // 16 * 16
+    assert counted["prompt_tokens"] == 40 + (40 + 64 + 5)
+    assert torch.equal(names["second"], plain("thin", names["prompt"], {"max_new_tokens": 64}))
+    names["cache"].close()
 
 
 @native

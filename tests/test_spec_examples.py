@@ -13,6 +13,7 @@ from kvspec import oracle
 from kvspec.clauses import rooms, spec_folder
 from kvspec.conformance.prefix_cache import System
 from kvspec.conformance.scheduler.worker import WordWorker
+from kvspec.model_runner import MemoryFigures, pool_sizes
 
 IMPLS: list[ModuleType] = [oracle, kvspec]
 
@@ -61,6 +62,8 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "arena": impl.HostArena,
         "torch": torch,
         **storage(impl),
+        "generate_cache": partial(transformers_cache, impl),
+        "language_model": language_model,
         "process_saver": partial(impl.TorchMemorySaverAdapter.create, True),
         "create": saver().create,
         "fresh": lambda: saver().create(True),
@@ -75,8 +78,22 @@ def names(impl: ModuleType) -> dict[str, Any]:
         "segment": impl.SharedSegment.create,
         "attach": impl.SharedSegment.attach,
         "page_hashes": kvspec.page_hashes,
+        "pool_sizes": pool_sizes,
+        "MemoryFigures": MemoryFigures,
         "namespace_frame": oracle.namespace_frame,
     }
+
+
+def language_model(family: str) -> Any:
+    """A tiny model of transformers, which few examples need."""
+    from kvspec.conformance.generate_cache import language_model
+
+    return language_model(family)
+
+
+def transformers_cache(impl: ModuleType, model: Any, **given: Any) -> Any:
+    used = "oracle" if impl is oracle else "native"
+    return kvspec.KvspecCache(model, implementation=used, **given)
 
 
 def storage(impl: ModuleType) -> dict[str, Any]:

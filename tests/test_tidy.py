@@ -47,7 +47,7 @@ SHARED = {
         *("__init__", "citations", "mutants", "plugin", "suite", "watch"),
         *("allocator_fuzzing", "lockstep"),
     },
-    "mutants": {"__init__"},
+    "mutants": {"__init__", "model_runner_tools"},
 }
 
 

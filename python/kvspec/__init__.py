@@ -15,8 +15,10 @@ from kvspec.prefix_key import RadixKey, namespace_frame, page_hashes
 
 if TYPE_CHECKING:
     from kvspec.flight_recorder import FlightRecorder, read_log
+    from kvspec.generate_cache import KvspecCache
     from kvspec.instrumentation import Instrument, instrument
     from kvspec.memory_budget import MemoryBudget
+    from kvspec.model_runner import ModelRunner
     from kvspec.native import (
         ChunkCache,
         DecodeReqToTokenPool,
@@ -53,12 +55,14 @@ __all__ = [
     "HostKVCache",
     "Instrument",
     "KVCache",
+    "KvspecCache",
     "MHATokenToKVPool",
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
     "MLATokenToKVPoolHost",
     "MemoryBudget",
     "MemoryLeakError",
+    "ModelRunner",
     "OwnershipLedger",
     "PagedTokenToKVPoolAllocator",
     "Poison",
@@ -93,7 +97,9 @@ __version__ = "0.1.0"
 _TOOLS = {
     "FlightRecorder": "flight_recorder",
     "Instrument": "instrumentation",
+    "KvspecCache": "generate_cache",
     "MemoryBudget": "memory_budget",
+    "ModelRunner": "model_runner",
     "Poison": "poison",
     "Req": "scheduler",
     "Scheduler": "scheduler",

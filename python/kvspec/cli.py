@@ -22,6 +22,7 @@ import kvspec
 import kvspec.replay as room
 from kvspec.cli_alloc import alloc as alloc_command
 from kvspec.cli_check import check as check_command
+from kvspec.cli_demo import demo as demo_command
 from kvspec.cli_validate import validate as validate_command
 from kvspec.errors import ContractError, HostMemoryError, MemoryLeakError
 from kvspec.interfaces.instrumentation import Level
@@ -38,6 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 app.command("alloc")(alloc_command)
 app.command("check")(check_command)
+app.command("demo")(demo_command)
 app.command("validate")(validate_command)
 
 

@@ -230,6 +230,19 @@ class BudgetsInTokens(Scheduler):
     _adder = adding(_InTokens)
 
 
+class _Careless(PrefillAdder):
+    def _pages_left(self) -> int:
+        begun = [self.memory.new_pages(req, req.kv_allocated_len + 1) for req in self.running]
+        return super()._pages_left() + sum(begun)
+
+
+@registry.mutant("SCHED-11")
+class TakesThePageOfTheNextToken(Scheduler):
+    """Who is admitted is retracted at once."""
+
+    _adder = adding(_Careless)
+
+
 class _Locking(PrefillAdder):
     def add_one_req(self, req: Req) -> bool:
         added = super().add_one_req(req)

@@ -58,9 +58,15 @@ class PrefillAdder:
         self.taken_pages = 0
         self.rem_chunk_tokens = args.chunked_prefill_size
         self.rem_input_tokens = args.max_prefill_tokens
-        self.expected = sum(
-            int(min(req.remaining, CLIP_MAX_NEW_TOKENS) * new_token_ratio) for req in self.running
-        )
+        self.expected = sum(self._expected(req, new_token_ratio) for req in self.running)
+
+    def _expected(self, req: Req, new_token_ratio: float) -> int:
+        """What a running request may still need: at least the page that its next token begins, or
+        who is admitted now would be retracted for it at once.
+        """
+        share = int(min(req.remaining, CLIP_MAX_NEW_TOKENS) * new_token_ratio)
+        begins = self.memory.new_pages(req, req.kv_allocated_len + 1) if req.remaining > 0 else 0
+        return max(share, begins * self.memory.page_size)
 
     @property
     def is_alone(self) -> bool:

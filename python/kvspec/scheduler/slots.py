@@ -150,7 +150,7 @@ class Memory:
             seq_lens=tuple(each.stop for each in extensions),
             extend_lens=tuple(len(each.token_ids) for each in extensions),
             token_slots=token_slots,
-            sample_indices=torch.tensor(sampled),
+            sample_indices=torch.tensor(sampled, dtype=torch.int64),
         )
 
     def _row(self, req: Req) -> Tensor:

@@ -199,6 +199,20 @@ class Queue(SchedulerSuite):
             serving.assert_right()
 
     @clause("SCHED-11")
+    def test_the_page_that_a_next_token_begins_is_kept_for_it(self) -> None:
+        with self.serving(pages=2, disable_overlap_schedule=True) as serving:
+            serving.add("a", tokens(1, 3), 3)
+            serving.step()
+            serving.step()
+            assert serving.view.live["a"].allocated == 4
+            serving.add("b", tokens(2, 3), 2)
+            serving.step()
+            assert serving.view.waiting == ("b",)
+            serving.finish()
+            assert serving.view.retractions == 0
+            serving.assert_right()
+
+    @clause("SCHED-11")
     def test_the_batch_itself_is_counted_in_whole_pages(self) -> None:
         with self.serving(pages=4) as serving:
             for first in (1, 2, 3):

@@ -36,7 +36,7 @@ def assert_owned(serving: Serving) -> None:
 
 def short_of_pages(suite: SchedulerSuite, **options: Any) -> Serving:
     """`a` decodes; `b` and `c` were admitted in the hope that it stops early, which it does not."""
-    serving = suite.serving(pages=10, schedule_conservativeness=0.001, **options)
+    serving = suite.serving(pages=11, schedule_conservativeness=0.001, **options)
     serving.add("a", tokens(1, 4), 29)
     serving.step()
     serving.add("b", tokens(2, 4), 14)
@@ -128,7 +128,7 @@ class Running(SchedulerSuite):
     def test_the_last_one_is_never_put_back(self) -> None:
         with self.serving(pages=8, rows=8, schedule_conservativeness=0.001) as serving:
             for first in range(1, 6):
-                serving.add(f"{first}", tokens(first, 4), 20)
+                serving.add(f"{first}", tokens(first, 3), 20)
                 serving.step()
             serving.finish()
             assert serving.view.retractions > 1
