@@ -337,7 +337,7 @@ class ComputesATokenTooMany(Scheduler):
 # Running
 
 
-@registry.mutant("SCHED-15", "SCHED-16", "SCHED-22", "SCHED-24")
+@registry.mutant("SCHED-15", "SCHED-11", "SCHED-16", "SCHED-22", "SCHED-24")
 class ReservesAPage(Scheduler):
     def _next_token(self, req: Req) -> Extension:
         extension = super()._next_token(req)
