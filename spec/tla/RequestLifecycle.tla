@@ -359,8 +359,8 @@ Abort(r) ==
           /\ phase' = [phase EXCEPT ![r] = "leaving"]
           /\ UNCHANGED <<free, tree, freeRows, index, row, lengths, lock, steps>>
 
-\* SCHED-26: nobody waits, runs or leaves, and no step is in flight.
-Idle == steps = <<>> /\ \A r \in Requests : phase[r] \in {"new", "finished"}
+\* SCHED-26: nobody is live, and no step in flight; who waits owns nothing.
+Idle == steps = <<>> /\ \A r \in Requests : phase[r] \in {"new", "waiting", "finished"}
 
 \* SCHED-26, CACHE-15: tree and pools begin anew.
 Flush ==
@@ -448,7 +448,7 @@ REQ_1_RowsOnce ==
     /\ freeRows \cup { index[r] : r \in Holders } = Rows
     /\ Cardinality(freeRows) + Cardinality(Holders) = RowCount
 
-\* SCHED-8: when nobody is there the tree has all that is not free, all rows are free, no lock is held.
+\* SCHED-8: when nobody is live the tree has all that is not free, all rows are free, no lock is held.
 SCHED_8_IdleHasAll ==
     Idle => /\ free \cup Range(tree) = Pages /\ free \cap Range(tree) = {}
             /\ freeRows = Rows /\ Locked = {}
@@ -466,10 +466,10 @@ SCHED_16_MostOutputsStays ==
 SCHED_17_OutputsStay ==
     [][\A r \in Requests : phase'[r] # "finished" => sampled'[r] >= sampled[r]]_vars
 
-\* SCHED-26, CACHE-15: the tree is emptied, and nothing else done, only when nobody is there.
-SCHED_26_FlushOnlyIdle ==
+\* SCHED-26, CACHE-15: the tree is emptied, and nothing else done, only when nobody is live.
+SCHED_26_NobodyOwnsAtFlush ==
     [][DOMAIN tree # {} /\ DOMAIN tree' = {} /\ requests' = requests =>
-        steps = <<>> /\ steps' = <<>> /\ Holders = {} /\ In("waiting") = {}]_vars
+        steps = <<>> /\ steps' = <<>> /\ Holders = {}]_vars
 
 \* SCHED-29: everyone is finished some day.
 SCHED_29_EveryoneFinishes == <>(\A r \in Requests : phase[r] = "finished")

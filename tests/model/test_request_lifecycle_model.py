@@ -82,10 +82,10 @@ class TestRequestLifecycleModel:
         [
             pytest.param(
                 "FinishesInSmallChunks",
-                'phase[r] \\in {"new", "finished"}',
-                'phase[r] \\in {"new", "finished", "waiting"}',
-                "SCHED_26_FlushOnlyIdle",
-                id="flushes_while_somebody_waits",
+                "/\\ Idle /\\ DOMAIN tree # {}",
+                "/\\ DOMAIN tree # {}",
+                "CACHE_1_OneOwner",
+                id="flushes_while_somebody_runs",
             ),
             pytest.param(
                 "Speculates",
