@@ -39,6 +39,10 @@ RETRACT_EVERY = 50
 """Steps after which all are retracted at once, beside those that there is no room for."""
 
 
+POISON_EVERY = 8
+"""Steps from one look at what is free to the next."""
+
+
 class Ask(NamedTuple):
     """A request. No token stops it."""
 
@@ -170,6 +174,15 @@ def check_mode(
     return run.told(mode)
 
 
+def _poison(runner: ModelRunner) -> Poison | None:
+    """Of the layers whose KV lies in the full pool; None if every layer has a window."""
+    kv = runner.kv_pool
+    windows = hasattr(runner.allocator, "swa_available_size")
+    full = [layer.layer_id for layer in runner.layers if layer.window is None or not windows]
+    tensors = [get(layer) for layer in full for get in (kv.get_key_buffer, kv.get_value_buffer)]
+    return Poison(tensors, runner.page_size) if tensors else None
+
+
 class _Run:
     """One mode in the middle of being served."""
 
@@ -193,9 +206,9 @@ class _Run:
         self.compare_seconds = self.seconds = 0.0
 
     def serve(self, runner: ModelRunner) -> None:
-        scheduler, page_size = self.scheduler, runner.page_size
+        scheduler = self.scheduler
         allocator = scheduler.token_to_kv_pool_allocator
-        poison = Poison(runner.kv_pool, page_size)
+        poison = _poison(runner)
         begun = perf_counter()
         with kvspec.instrument(  # which fills what is free already, too
             scheduler.tree_cache, allocator, scheduler.req_to_token_pool, level="off", poison=poison
@@ -212,7 +225,7 @@ class _Run:
         self.leaks.update(dict.fromkeys(leaks))
         self.seconds = perf_counter() - begun - self.compare_seconds
 
-    def step(self, poison: Poison) -> None:
+    def step(self, poison: Poison | None) -> None:
         self.steps += 1
         retract = self.steps % RETRACT_EVERY == 0
         outputs = self.scheduler.retract_all() if retract else self.scheduler.step()
@@ -224,8 +237,8 @@ class _Run:
         if self.progress is not None:
             self.progress(sum(len(each.token_ids) for each in outputs))
 
-    def check(self, poison: Poison) -> None:
-        """The memory, and that nobody wrote what is free."""
+    def check(self, poison: Poison | None) -> None:
+        """The memory, and now and then that nobody wrote what is free: it would stay so."""
         scheduler = self.scheduler
         allocator = scheduler.token_to_kv_pool_allocator
         try:
@@ -237,8 +250,9 @@ class _Run:
             )
         except MemoryLeakError as error:
             self.leaks.update(dict.fromkeys(str(error).splitlines()))
-        books = allocator.view()
-        self.overwritten += len(poison.check([*books.free, *books.release]))
+        if poison is not None and (self.steps % POISON_EVERY == 0 or scheduler.is_idle):
+            books = allocator.view()
+            self.overwritten += len(poison.check([*books.free, *books.release]))
 
     def judge(self, req: Req) -> None:
         """An answer that is complete, and its logits, which are let go (DEMO-9)."""
