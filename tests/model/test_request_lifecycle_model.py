@@ -84,7 +84,7 @@ class TestRequestLifecycleModel:
                 "FinishesInSmallChunks",
                 "/\\ Idle /\\ DOMAIN tree # {}",
                 "/\\ DOMAIN tree # {}",
-                "CACHE_1_OneOwner",
+                "CACHE_1_RowFollowsTree",
                 id="flushes_while_somebody_runs",
             ),
             pytest.param(
