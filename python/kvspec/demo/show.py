@@ -97,7 +97,7 @@ def demo(
     side_by_side = _SideBySide(scripts, implementation, page_size, max_new_tokens, max_running)
     runs = side_by_side.serve(subject, listener)
     _note(listener, "comparing every word with the model in float64, without a cache")
-    compare = partial(compare_with_reference, reference_model(subject.model))
+    compare = partial(compare_with_reference, reference_model(subject.model), remembered={})
     verdict = judge(runs, compare, tolerance=tolerance)
     checks: list[ModeCheck] = []
     for mode in () if quick else MODES:
@@ -110,6 +110,7 @@ def demo(
                 compare,
                 implementation=implementation,
                 tolerance=tolerance,
+                progress=_Told(listener),
             )
         )
     return Demo(
@@ -131,6 +132,20 @@ _ABOUT_A_MODE = (
     "batch {}, page {}: {:,} tokens with hardly any room, poison in what is free, and every logit"
     " compared"
 )
+
+
+class _Told:
+    """Says how far a mode is, every 250 tokens."""
+
+    EVERY = 250
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._listener, self._tokens = listener, 0
+
+    def __call__(self, tokens: int) -> None:
+        before, self._tokens = self._tokens, self._tokens + tokens
+        if self._tokens // self.EVERY > before // self.EVERY:
+            _note(self._listener, f"  {self._tokens:,} tokens")
 
 
 class _SideBySide(NamedTuple):

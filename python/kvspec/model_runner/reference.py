@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "Mismatch",
+    "Remembered",
     "compare_with_reference",
     "reference_logits",
     "reference_model",
@@ -35,6 +36,10 @@ class Mismatch(NamedTuple):
     expected: int
     behind: float
     """By how much its logit is less than the expected one's, in the reference."""
+
+
+Remembered: TypeAlias = dict[tuple[int, ...], Any]
+"""Tokens -> what a model computed of them before its head. Of one model."""
 
 
 class Comparison(NamedTuple):
@@ -83,12 +88,15 @@ def compare_with_reference(
     logits: Tensor | None = None,
     *,
     tolerance: float = 1e-3,
+    remembered: Remembered | None = None,
 ) -> Comparison:
     """Whether each output token is the most likely one after the prompt and those before it.
 
     One that is not is a near tie if its logit is less than `tolerance` behind, else a mismatch
     (RUN-16). `logits` [output tokens, vocabulary] are those it was chosen by. One forward, and the
-    memory of `reference_logits` of a block. ContractError if there is nothing to compare (RUN-17).
+    memory of `reference_logits` of a block; what it computes before the head is put into
+    `remembered`, and taken from there where the same tokens are compared again. ContractError if
+    there is nothing to compare (RUN-17).
     """
     prompt, output = list(prompt_ids), list(output_ids)
     _require_comparable(prompt, output, logits, tolerance)
@@ -96,7 +104,7 @@ def compare_with_reference(
     near_ties, mismatches = 0, list[Mismatch]()
     worst, margin = torch.zeros((), dtype=torch.float64), float("inf")
     places = list(range(first, first + len(output)))
-    for start, block in _blocks(model64, prompt + output[:-1], places):
+    for start, block in _blocks(model64, prompt + output[:-1], places, remembered):
         if logits is not None:
             given = logits[start : start + len(block)].to(torch.float64)
             worst = torch.maximum(worst, (given - block).abs().max())
@@ -135,11 +143,14 @@ def _require_comparable(
 
 
 def _blocks(
-    model64: "PreTrainedModel", tokens: Sequence[int], positions: Sequence[int]
+    model64: "PreTrainedModel",
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    remembered: Remembered | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Where a block starts among the positions, and its logits."""
     ids, at = torch.tensor([list(tokens)]), torch.tensor(list(positions), dtype=torch.int64)
-    with torch.no_grad(), _computed_once(model64, ids):
+    with torch.no_grad(), _computed_once(model64, ids, {} if remembered is None else remembered):
         slices = "logits_to_keep" in inspect.signature(model64.forward).parameters
         for start in range(0, len(at), _BLOCK):
             block = at[start : start + _BLOCK]
@@ -149,13 +160,16 @@ def _blocks(
 
 
 @contextmanager
-def _computed_once(model: "PreTrainedModel", ids: Tensor) -> Iterator[None]:
+def _computed_once(model: "PreTrainedModel", ids: Tensor, remembered: Remembered) -> Iterator[None]:
     """Inside, the model's decoder gives what it computes for these tokens, at once.
 
     What is left of a forward is the head, with whatever the model does to its logits.
     """
     decoder = model.base_model
-    computed = decoder(input_ids=ids, use_cache=False)
+    tokens = tuple(ids[0].tolist())
+    if tokens not in remembered:
+        remembered[tokens] = decoder(input_ids=ids, use_cache=False)
+    computed = remembered[tokens]
     decoder.forward = lambda *_, **__: computed
     try:
         yield

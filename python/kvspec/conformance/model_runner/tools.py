@@ -228,6 +228,15 @@ class ModelRunnerToolsConformance(Conformance):
         assert [each.token for each in found.mismatches] == [worst]
 
     @clause("RUN-16")
+    def test_what_is_remembered_is_of_the_same_tokens(self) -> None:
+        prompt, remembered = list(tokens_of(6, 12)), dict[Any, Any]()
+        output = _greedy(prompt, 6)
+        for tokens, computed in ((output, 1), (output, 1), ([*output[:2], 0, *output[3:]], 2)):
+            found = self.compare(prompt, tokens, remembered=remembered)
+            assert found == self.compare(prompt, tokens)
+            assert len(remembered) == computed
+
+    @clause("RUN-16")
     def test_logits_that_are_no_numbers_are_seen(self) -> None:
         prompt = list(tokens_of(6, 12))
         output = _greedy(prompt, 3)
