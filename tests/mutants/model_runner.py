@@ -145,16 +145,18 @@ class ForgetsTheSinks(PagedAttention):
 
 @mutant("RUN-4", "RUN-2", "RUN-3", "RUN-5", "RUN-13")
 class ReadsBeforeItWrites(PagedAttention):
+    reads = False
+
     def attend(self, call: Any) -> Tensor:
-        write, self._write = self._write, _nothing  # type: ignore[method-assign]
+        self.reads = True
         found = super().attend(call)
-        self._write = write  # type: ignore[method-assign]
+        self.reads = False
         self._write(call)
         return found
 
-
-def _nothing(call: Any) -> None:
-    """What is not written."""
+    def _write(self, call: Any) -> None:
+        if not self.reads:
+            super()._write(call)
 
 
 @mutant("RUN-4", "RUN-2", "RUN-3", "RUN-5", reports=("VL-53856",))
