@@ -94,6 +94,10 @@ class WordWorker:
         if self.before is not None:
             self.before(batch)
         self.batches += 1
+        tensors = (*batch[:3], *batch.token_slots, batch.sample_indices)
+        assert all(each.dtype == torch.int64 for each in tensors), (
+            "of a chunk that samples nothing too"
+        )
         self._write(batch)
         said: list[int] = []
         wanted = set(batch.sample_indices.tolist())
