@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +35,16 @@ def two_in_flight(suite: SchedulerSuite, **options: Any) -> Serving:
     serving.step()  # returns at once: the step is launched and nobody waits for it
     serving.worker.wait_until_begun(2)
     return serving
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, SIGINT is Ctrl-C, though a shell has had it ignored in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Flights(SchedulerSuite):
@@ -238,7 +250,7 @@ class Flights(SchedulerSuite):
     @each_of("held_at", [1, 2], 2)
     def test_an_interruption_of_who_waits_changes_nothing(self, held_at: int) -> None:
         """Ctrl-C while a prefill, or the older of two decode steps, is being computed."""
-        with self.serving(**_OVERLAP) as serving:
+        with _interruptible(), self.serving(**_OVERLAP) as serving:
             faults = serving.watch_what_flies()
             serving.add("a", tokens(1, 7), 9)
             if held_at == 2:
