@@ -2,9 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from kvspec.conformance.scheduler.serving import (
     tokens,
 )
 from kvspec.errors import ContractError, HostMemoryError
+from kvspec.scheduler.flight import Flight
 
 _OVERLAP: dict[str, Any] = {"disable_overlap_schedule": False}
 
@@ -38,12 +40,26 @@ def two_in_flight(suite: SchedulerSuite, **options: Any) -> Serving:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Inside, SIGINT is Ctrl-C, though a shell has had it ignored in the background."""
+def _interrupted_wait() -> Iterator[None]:
+    """Inside, Ctrl-C comes 20 ms after it is first waited for a step. In the background a shell has
+    SIGINT ignored.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    main, wait = threading.get_ident(), Flight.outcome
+    timer = threading.Timer(0.02, signal.pthread_kill, [main, signal.SIGINT])
+
+    def waited_for(flight: Flight) -> Sequence[int] | BaseException:
+        if timer.ident is None:
+            timer.start()
+        return wait(flight)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        yield
+        with mock.patch.object(Flight, "outcome", waited_for):
+            yield
+        timer.join()
     finally:
+        timer.cancel()
         signal.signal(signal.SIGINT, before)
 
 
@@ -250,7 +266,7 @@ class Flights(SchedulerSuite):
     @each_of("held_at", [1, 2], 2)
     def test_an_interruption_of_who_waits_changes_nothing(self, held_at: int) -> None:
         """Ctrl-C while a prefill, or the older of two decode steps, is being computed."""
-        with _interruptible(), self.serving(**_OVERLAP) as serving:
+        with self.serving(**_OVERLAP) as serving:
             faults = serving.watch_what_flies()
             serving.add("a", tokens(1, 7), 9)
             if held_at == 2:
@@ -258,13 +274,8 @@ class Flights(SchedulerSuite):
             serving.worker.held = True
             if held_at == 2:
                 serving.step()
-            assert threading.current_thread() is threading.main_thread()
-            main = threading.get_ident()
-            timer = threading.Timer(0.02, signal.pthread_kill, [main, signal.SIGINT])
-            timer.start()
-            with pytest.raises(KeyboardInterrupt):
+            with _interrupted_wait(), pytest.raises(KeyboardInterrupt):
                 serving.scheduler.step()
-            timer.join()
             assert "a" in serving.view.live
             assert serving.view.in_flight == ("a",)
             serving.scheduler.check_memory()
