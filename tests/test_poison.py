@@ -15,11 +15,16 @@ from kvspec.conformance import clause
 from kvspec.conformance.poison import PoisonConformance
 from kvspec.instrumentation import instrument
 from kvspec.poison import Poison
+from kvspec.scheduler import Req, Scheduler, ServerArgs
 from needs import native
 from peers import sglang
-from serving import Engine, Model, Request, Shape
+from serving import Model, Shape
 
 IMPLS = [pytest.param(kvspec, id="native", marks=native), pytest.param(kvspec.oracle, id="oracle")]
+SERVED = [
+    pytest.param(kvspec, "native", id="native", marks=native),
+    pytest.param(kvspec.oracle, "oracle", id="oracle"),
+]
 SMALL = Shape(layers=2, hidden=32, heads=2, vocabulary=64, positions=64)
 
 
@@ -31,36 +36,44 @@ class TestNative(PoisonConformance):
     impl = kvspec
 
 
-def engine(impl: Any) -> Engine:
-    return Engine(impl, Model(SMALL, 40), page_size=4, pages=9, batch=2, chunk=6)
+def engine(impl: Any, name: str) -> tuple[Scheduler, Model]:
+    model = Model(impl, SMALL, page_size=4, pages=9, rows=2)
+    args = ServerArgs(chunked_prefill_size=6, max_running_requests=2, implementation=name)
+    return Scheduler(args, model), model
 
 
-def requests() -> list[Request]:
-    shared = [1, 2, 3, 4, 5, 6, 7]
-    return [Request([*shared, *range(number, number + 3 * number)], 4) for number in range(1, 5)]
+def serve(scheduler: Scheduler) -> dict[str, list[int]]:
+    """What is said to four prompts, of which more and more have the same beginning."""
+    said: dict[str, list[int]] = {}
+    for number in range(1, 5):
+        prompt = [1, 2, 3, 4, 5, 6, 7, *range(number, number + 3 * number)]
+        scheduler.add_request(Req(f"{number}", prompt, 4))
+    while not scheduler.is_idle:
+        for out in scheduler.step():
+            said.setdefault(out.rid, []).extend(out.token_ids)
+    scheduler.close()
+    return said
 
 
 @clause("POISON-1")
-@pytest.mark.parametrize("impl", IMPLS)
-def test_what_keeps_the_clauses_serves_the_same_over_poison(impl: Any) -> None:
+@pytest.mark.parametrize(("impl", "name"), SERVED)
+def test_what_keeps_the_clauses_serves_the_same_over_poison(impl: Any, name: str) -> None:
     """Pages are shared, evicted and handed out again; nothing fresh or freed is ever read."""
-    plain = engine(impl)
-    expected = plain.serve(requests())
-    assert plain.cache.counters()["leaves_evicted"]
-    poisoned = engine(impl)
-    objects = poisoned.cache, poisoned.allocator, poisoned.rows
-    poison = Poison([*poisoned.model.keys, *poisoned.model.values], 4)
+    plain, _ = engine(impl, name)
+    expected = serve(plain)
+    assert [len(said) for said in expected.values()] == [4, 4, 4, 4]
+    assert plain.tree_cache.counters()["leaves_evicted"]
+    poisoned, model = engine(impl, name)
+    objects = poisoned.tree_cache, model.allocator, model.rows
+    poison = Poison([*model.keys, *model.values], 4)
     with instrument(*objects, poison=poison) as instrumented:
-        assert poisoned.serve(requests()) == expected
+        assert serve(poisoned) == expected
         assert instrumented.reports == []
         assert not instrumented.blind
-    free = poisoned.allocator.view().free
+    free = model.allocator.view().free
     assert poison.check(free) == []
-    assert all(len(poison.stale(keys[[4 * page for page in free]])) for keys in poison_of(poisoned))
-
-
-def poison_of(served: Engine) -> list[Tensor]:
-    return served.model.keys + served.model.values
+    rows = [4 * page for page in free]
+    assert all(len(poison.stale(each[rows])) for each in model.keys + model.values)
 
 
 @clause("POISON-1", "POISON-2")

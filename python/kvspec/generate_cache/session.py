@@ -70,7 +70,8 @@ class _Layer(CacheLayerMixin):
 
 
 class CacheSession(Cache):
-    """A namespace of a `KvspecCache`, which `generate` takes as `past_key_values`, again and again.
+    """A namespace of a `KvspecCache`, which `generate` takes as `past_key_values`, again and again,
+    and says with it what it says without (GEN-2).
 
     Sessions with another `extra_key` share no prefix. A session has one call at a time, which
     begins when the model's `generate` is entered with it and ends when that returns or raises; for
