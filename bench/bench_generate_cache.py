@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor
 
 import kvspec
+from kvspec.conformance.suite import one_thread
 from kvspec.generate_cache.attachment import CACHE
-from serving import one_thread
 
 ROUNDS = 7
 PAGE = 16

@@ -13,6 +13,7 @@ import torch
 
 import kvspec
 from bench_against_peers import seconds
+from kvspec.conformance.suite import one_thread
 
 ROUNDS, SIZE, HEADS, DIM = 7, 32_768, 8, 128  # rows of 2 KiB in float16
 SLACK = 1.15
@@ -20,11 +21,9 @@ SLACK = 1.15
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def alike() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def _pool(layers: int = 1, dtype: torch.dtype = torch.float16) -> Any:

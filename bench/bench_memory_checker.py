@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import kvspec
 import needs
 from bench_replay import CAPACITY
+from kvspec.conformance.suite import one_thread
 from kvspec.flight_recorder import FlightRecorder
 from kvspec.replay import Run, Trace, read_trace, replay
-from serving import one_thread
 
 FILE = "mooncake_conversation_first2000.jsonl"
 ROUNDS = 7

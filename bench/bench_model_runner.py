@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvspec.conformance.suite import one_thread
 from kvspec.model_runner import ModelRunner, packed, tiny_model
-from serving import one_thread
 
 BATCH, CONTEXT, PAGE_SIZE, LAYERS = 8, 512, 16, 4
 ROUNDS = 15

@@ -14,9 +14,9 @@ import torch
 
 import kvspec
 import kvspec.oracle
+from kvspec.conformance.suite import one_thread
 from kvspec.interfaces.model_runner import ForwardBatch, GenerationBatchResult
 from kvspec.scheduler import Req, Scheduler, ServerArgs
-from serving import one_thread
 
 PAGE_SIZE, BATCH, CONTEXT, STEPS, ROUNDS = 16, 8, 2000, 24, 7
 PAGES = 1024

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import pytest
 
 import kvspec
+from kvspec.conformance.suite import one_thread
 from kvspec.flight_recorder import FlightRecorder, read_log
 from kvspec.instrumentation import instrument
 from kvspec.scheduler import Scheduler, ServerArgs
 from kvspec.validate import validate
-from serving import Model, Shape, one_thread, prompts
+from serving import Model, Shape, prompts
 
 PAGE_SIZE, PAGES, BATCH, CHUNK = 16, 120, 8, 64
 REQUESTS, NEW_TOKENS = 20, 24

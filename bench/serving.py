@@ -4,8 +4,6 @@ Nothing is random: equal prompts give equal tokens.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from kvspec.interfaces.request_pool import ReqToTokenPool
 from kvspec.interfaces.slot_allocator import BaseTokenToKVPoolAllocator
 from kvspec.scheduler import Req
 
-__all__ = ["Model", "Shape", "one_thread", "prompts"]
+__all__ = ["Model", "Shape", "prompts"]
 
 
 class Shape(NamedTuple):
@@ -121,17 +119,6 @@ class Model:
 
 def _norm(x: Tensor) -> Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one core, so that two runs are alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def prompts(count: int, vocabulary: int, new_tokens: int) -> list[Req]:

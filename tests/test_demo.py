@@ -19,7 +19,8 @@ import kvspec
 import kvspec.oracle
 from kvspec.cli import main
 from kvspec.conformance import clause
-from kvspec.conformance.demo import DemoConformance, one_thread
+from kvspec.conformance.demo import DemoConformance
+from kvspec.conformance.suite import one_thread
 from kvspec.demo import SCRIPTS, TemplateChat, next_prompt
 from kvspec.demo.owners import packed_pages, tree_runs
 from kvspec.errors import ContractError

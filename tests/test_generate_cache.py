@@ -13,9 +13,9 @@ from kvspec.conformance.generate_cache import (
     FAMILIES,
     GenerateCacheConformance,
     language_model,
-    one_thread,
     words,
 )
+from kvspec.conformance.suite import one_thread
 from needs import native
 
 

@@ -12,6 +12,7 @@ import kvspec
 import kvspec.oracle
 from kvspec.conformance import clause
 from kvspec.conformance.model_runner import ModelRunnerConformance, ModelRunnerToolsConformance
+from kvspec.conformance.suite import one_thread
 from kvspec.model_runner import (
     Loaded,
     ModelRunner,
@@ -22,7 +23,6 @@ from kvspec.model_runner import (
     tiny_model,
 )
 from needs import native
-from serving import one_thread
 
 NEW_TOKENS = 16
 PROMPTS = ("What is the capital of France?", "Write one line about the sea, please.")

@@ -7,8 +7,7 @@ it reads. A model of transformers is made for the modes under pressure alone.
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ import kvspec.demo
 import kvspec.oracle
 from kvspec.conformance import clause
 from kvspec.conformance.scheduler.worker import WordWorker, words
-from kvspec.conformance.suite import MUTANT, Conformance
+from kvspec.conformance.suite import MUTANT, Conformance, one_thread
 from kvspec.conformance.watch import watch_function
 from kvspec.demo import (
     KINDS,
@@ -53,7 +52,7 @@ from kvspec.model_runner import (
 )
 from kvspec.scheduler import Scheduler
 
-__all__ = ["DemoConformance", "conversations", "mode_check", "one_thread", "seen"]
+__all__ = ["DemoConformance", "conversations", "mode_check", "seen"]
 
 PAGE = 4
 SYSTEMS = "you answer in few words", "you ask back and never answer at all"
@@ -142,17 +141,6 @@ def mode_check(**given: Any) -> ModeCheck:
         "compare_seconds": 1.0,
     }
     return ModeCheck(**(well | given))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes in one: of matrices this small it takes longer to share the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache

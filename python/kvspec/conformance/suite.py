@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from kvspec.conformance.watch import watch
 
-__all__ = ["MUTANT", "Conformance", "fuzzing", "is_short", "short_fuzzing"]
+__all__ = ["MUTANT", "Conformance", "fuzzing", "is_short", "one_thread", "short_fuzzing"]
 
 MUTANT = "mutant"
 """Name of a namespace with a broken class: what it reaches says nothing about an implementation."""
@@ -38,6 +39,19 @@ def fuzzing(max_examples: int = 60) -> settings:
 def is_short() -> bool:
     """Whether a mutant is being tried: what is broken shows in few of many modes."""
     return _short
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in one thread: of little work it takes longer to share it, and two
+    runs are alike.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from kvspec.conformance.generate_cache.calls import CallsConformance
 from kvspec.conformance.generate_cache.driving import (
     FAMILIES,
     language_model,
-    one_thread,
     plain,
     words,
 )
@@ -14,7 +13,6 @@ __all__ = [
     "FAMILIES",
     "GenerateCacheConformance",
     "language_model",
-    "one_thread",
     "plain",
     "words",
 ]

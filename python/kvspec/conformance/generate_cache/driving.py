@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import kvspec
-from kvspec.conformance.suite import MUTANT, Conformance
+from kvspec.conformance.suite import MUTANT, Conformance, one_thread
 from kvspec.conformance.watch import watch_function
 from kvspec.errors import CLAUSE_ERRORS, MemoryLeakError
 from kvspec.generate_cache.attachment import CACHE
@@ -30,7 +29,6 @@ __all__ = [
     "language_model",
     "left_padded",
     "logits_of",
-    "one_thread",
     "other_model",
     "pages_of",
     "paths",
@@ -158,17 +156,6 @@ def plain(family: str, ids: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 DEFAULTS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one core: so little work is not worth waiting for another one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _name(cache: Any) -> str:

@@ -17,13 +17,12 @@ from kvspec.conformance import clause
 from kvspec.conformance.model_runner.driving import (
     VOCABULARY,
     Driven,
-    one_thread,
     pools_of,
     tiny,
     tokens_of,
 )
 from kvspec.conformance.model_runner.tools import ModelRunnerToolsConformance
-from kvspec.conformance.suite import MUTANT, Conformance
+from kvspec.conformance.suite import MUTANT, Conformance, one_thread
 from kvspec.conformance.watch import watch_function, watch_made
 from kvspec.errors import ContractError
 from kvspec.interfaces.model_runner import ForwardBatch

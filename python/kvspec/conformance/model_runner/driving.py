@@ -1,33 +1,22 @@
 """Requests driven through a runner over poisoned pools, and what their logits must be."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvspec.conformance.suite import one_thread
 from kvspec.model_runner import TinyKind, packed, reference_logits, reference_model, tiny_model
 from kvspec.poison import Poison
 
-__all__ = ["VOCABULARY", "Driven", "expected", "one_thread", "pools_of", "tiny", "tokens_of"]
+__all__ = ["VOCABULARY", "Driven", "expected", "pools_of", "tiny", "tokens_of"]
 
 VOCABULARY = 257
 _SEED = 20
 MOST = 2e-4
 """Of a difference of logits in float32, which are up to 8: what is measured is 2e-5 at most."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small tensors are not made faster by threads that wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache

@@ -18,12 +18,11 @@ from kvspec.conformance import clause
 from kvspec.conformance.model_runner.driving import (
     VOCABULARY,
     expected,
-    one_thread,
     reference_of,
     tiny,
     tokens_of,
 )
-from kvspec.conformance.suite import MUTANT, Conformance
+from kvspec.conformance.suite import MUTANT, Conformance, one_thread
 from kvspec.conformance.watch import watch_function, watch_made
 from kvspec.errors import ContractError, HostMemoryError
 from kvspec.memory_budget import MemoryBudget
